@@ -1,0 +1,183 @@
+"""Launcher of the append of paged affine storage (`kivi`, `ott`); arguments as those of `affine_cache.append`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ottfx.kernels.affine_pack import _store_tokens_kernel
+from ottfx.kernels.affine_select import _select_outliers_kernel
+from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2
+
+PAGE = 128
+RING_ROWS = 16
+"""Tokens that one program writes into the ring."""
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    lengths: Tensor,
+    site: int,
+    *,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_zero_point: Tensor,
+    key_residual: Tensor,
+    residual_valid: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_zero_point: Tensor,
+    value_residual: Tensor,
+    outlier_key: Tensor | None = None,
+    outlier_position: Tensor | None = None,
+    outlier_value: Tensor | None = None,
+    value_outlier_position: Tensor | None = None,
+    spill_count: Tensor | None = None,
+    key_bits: int,
+    value_bits: int,
+    group_size: int,
+    key_window: int,
+    key_step: int,
+    value_window: int,
+    value_step: int,
+    outlier_capacity: int = 0,
+    score_norm: int = 1,
+    replacement: str = "rest",
+    mask_replaced: bool = True,
+) -> None:
+    """Store new tokens and pack what became due: the section *append* of docs/storage.md, without a host sync.
+
+    State tensors are contiguous and mutated; their shapes are in docs/storage.md. Lengths are read on the device.
+
+    Args:
+        key: fp16, bf16 or fp32 [batch, num_kv_heads, q_len, head_dim], any strides; `value` alike.
+        value: see `key`.
+        valid: bool [batch, q_len], False for padding, or None.
+        lengths: int64 [sites, 3]: past, packed keys, packed values, in tokens.
+        site: row of `lengths`.
+        key_codes: state.
+        key_scale: state.
+        key_zero_point: state.
+        key_residual: state.
+        residual_valid: state.
+        value_codes: state.
+        value_scale: state.
+        value_zero_point: state.
+        value_residual: state.
+        outlier_key: state of the pool; all five or none.
+        outlier_position: state of the pool.
+        outlier_value: state of the pool.
+        value_outlier_position: state of the pool.
+        spill_count: state of the pool.
+        key_bits: width of a key code: 2, 3, 4 or 8.
+        value_bits: width of a value code.
+        group_size: tokens of a key group: 32, 64 or 128.
+        key_window: newest tokens that stay in full precision, by the schedule of the keys.
+        key_step: tokens that are packed together, a multiple of `group_size`.
+        value_window: `key_window` of the values.
+        value_step: `key_step` of the values.
+        outlier_capacity: seats of the pool; 0 traces nothing.
+        score_norm: 1 or 2: the norm of a key that is its score.
+        replacement: "rest" or "group": whose mean stands in an outlier's slot.
+        mask_replaced: whether such slots are marked as not attended.
+    """
+    key, value = dense_rows(key), dense_rows(value)
+    batch_size, num_kv_heads, q_len, head_dim = key.shape
+    ring = key_residual.shape[2]
+    chunk = channel_chunk(head_dim)
+    traces = outlier_capacity > 0 and outlier_key is not None
+    most_keys_due = -(-q_len // key_step) * key_step
+    replaced = lengths
+    if traces:
+        replaced = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.int8, device=key.device)
+    common: dict[str, Any] = {
+        "key_ptr": key,
+        "value_ptr": value,
+        "valid_ptr": lengths if valid is None else valid.contiguous(),
+        "lengths_ptr": lengths,
+        "replaced_ptr": replaced,
+        "key_residual_ptr": key_residual,
+        "value_residual_ptr": value_residual,
+        "residual_valid_ptr": residual_valid,
+        "stride_key_batch": key.stride(0),
+        "stride_key_head": key.stride(1),
+        "stride_key_token": key.stride(2),
+        "stride_value_batch": value.stride(0),
+        "stride_value_head": value.stride(1),
+        "stride_value_token": value.stride(2),
+        "site": site,
+        "q_len": q_len,
+        "flags_per_head": most_keys_due,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "CAPACITY": ring,
+        "GROUP": group_size,
+        "HAS_VALID": valid is not None,
+        "CHUNK": chunk,
+    }
+    if traces:
+        assert outlier_key is not None
+        arguments = common | {
+            "outlier_key_ptr": outlier_key,
+            "outlier_position_ptr": outlier_position,
+            "outlier_value_ptr": outlier_value,
+            "value_outlier_position_ptr": value_outlier_position,
+            "spill_count_ptr": spill_count,
+            "WINDOW": key_window,
+            "STEP": key_step,
+            "SEATS": outlier_capacity,
+            "SPILL": outlier_key.shape[2] - outlier_capacity,
+            "BLOCK_SEATS": max(next_power_of_2(outlier_capacity), 4),
+            "NORM": score_norm,
+        }
+        launch(_select_outliers_kernel, (batch_size * num_kv_heads,), arguments, num_warps=4, num_stages=1)
+
+    one_schedule = (key_window, key_step) == (value_window, value_step)
+    pack = common | {
+        "key_codes_ptr": key_codes,
+        "key_scale_ptr": key_scale,
+        "key_zero_point_ptr": key_zero_point,
+        "value_codes_ptr": value_codes,
+        "value_scale_ptr": value_scale,
+        "value_zero_point_ptr": value_zero_point,
+        "pages": key_codes.shape[2],
+        "KEY_BITS": key_bits,
+        "VALUE_BITS": value_bits,
+        "VALUE_GROUPS": value_scale.shape[3],
+        "KEY_WINDOW": key_window,
+        "KEY_STEP": key_step,
+        "VALUE_WINDOW": value_window,
+        "VALUE_STEP": value_step,
+        "HAS_OUTLIERS": traces,
+        "MEAN_OF_REST": replacement == "rest",
+        "MARK": mask_replaced,
+        "WRITE_BACK": not one_schedule,
+        "BLOCK_HALF": next_power_of_2(head_dim // 2),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "RING_ROWS": RING_ROWS,
+    }
+    key_items = _most_pages(q_len, key_step) * (head_dim // chunk)
+    value_items = _most_pages(q_len, value_step) * (PAGE // 16)
+    # With write-back every row of the ring may change, otherwise only those of the new tokens.
+    ring_items = -(-(torch.sym_min(q_len, ring) if one_schedule else ring) // RING_ROWS)
+    # One launch will do if no new token takes the row of one that is still to be packed.
+    unpacked = max(key_window + key_step, value_window + value_step) - 1
+    if one_schedule and at_most(q_len, ring - unpacked):
+        launches = [(key_items, value_items, ring_items)]
+    else:
+        launches = [(key_items, value_items, 0), (0, 0, ring_items)]
+    for items in launches:
+        arguments = pack | dict(zip(("key_items", "value_items", "ring_items"), items, strict=True))
+        grid = (batch_size * num_kv_heads * sum(items),)
+        launch(_store_tokens_kernel, grid, arguments, num_warps=4, num_stages=1)
+
+
+def _most_pages(q_len: Any, step: int) -> Any:
+    # Pages that the tokens due in one call can touch. They end on a multiple of step.
+    due = -(-q_len // step) * step
+    return (due + 2 * PAGE - 1 - math.gcd(step, PAGE)) // PAGE

@@ -1,0 +1,180 @@
+"""Launcher of attention over paged affine storage (`kivi`, `ott`): partial softmaxes, then their combination."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ottfx.kernels.affine_combine import _combine_kernel
+from ottfx.kernels.affine_split import _attend_kernel
+from ottfx.kernels.launch import at_most, dense_rows, launch, next_power_of_2
+
+PAGE = 128
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor,
+    site: int,
+    softmax_scale: float,
+    *,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_zero_point: Tensor,
+    key_residual: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_zero_point: Tensor,
+    value_residual: Tensor,
+    outlier_key: Tensor | None = None,
+    outlier_position: Tensor | None = None,
+    outlier_value: Tensor | None = None,
+    key_bits: int,
+    value_bits: int,
+) -> Tensor:
+    """Attend over stored and new tokens: the section *attend* of docs/storage.md, without a host sync.
+
+    Lengths are read on the device; the grid depends on shapes alone. State tensors are contiguous.
+
+    Args:
+        query: fp16, bf16 or fp32 [batch, num_heads, q_len, head_dim], any strides; head_dim a multiple of 16,
+            num_heads a multiple of num_kv_heads.
+        key: new tokens [batch, num_kv_heads, q_len, head_dim], any strides; `value` alike.
+        value: see `key`.
+        mask: bool (True = attend) or additive float, 4-D with last size past + q_len and the other three either
+            full or 1; or None.
+        lengths: int64 [sites, 3]: past, packed keys, packed values, in tokens, before the append of `key`.
+        site: row of `lengths`.
+        softmax_scale: factor on query @ key^T.
+        key_codes: state; shapes in docs/storage.md.
+        key_scale: state.
+        key_zero_point: state.
+        key_residual: state.
+        value_codes: state.
+        value_scale: state.
+        value_zero_point: state.
+        value_residual: state.
+        outlier_key: state of the pool, all three or none; zero rows are allowed.
+        outlier_position: state of the pool.
+        outlier_value: state of the pool.
+        key_bits: width of a key code: 2, 3, 4 or 8.
+        value_bits: width of a value code.
+
+    Returns:
+        Shape and dtype of `query`, contiguous. A query that may attend to nothing gives 0.
+    """
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    batch_size, num_heads, q_len, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    queries_per_kv = num_heads // num_kv_heads
+    rows = q_len * queries_per_kv
+    exact = query.dtype == torch.float32
+    block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
+    row_blocks = -(-rows // block_m)
+    # Enough programs to fill a GPU at batch 1; a long chunk has them in its row blocks already.
+    most_splits = min(max(256 // num_kv_heads, 4), 32)
+    splits = torch.sym_max(1, most_splits // row_blocks)
+    pool_rows = 0 if outlier_key is None else outlier_key.shape[2]
+
+    partial = torch.empty(
+        (batch_size * num_kv_heads * rows, splits + 1, head_dim), dtype=torch.float32, device=query.device
+    )
+    log_sum = torch.empty((batch_size * num_kv_heads * rows, splits + 1), dtype=torch.float32, device=query.device)
+    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
+    additive = mask is not None and mask.is_floating_point()
+    mask_strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
+    arguments: dict[str, Any] = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "mask_ptr": lengths if mask is None else mask,
+        "lengths_ptr": lengths,
+        "key_codes_ptr": key_codes,
+        "key_scale_ptr": key_scale,
+        "key_zero_point_ptr": key_zero_point,
+        "key_residual_ptr": key_residual,
+        "value_codes_ptr": value_codes,
+        "value_scale_ptr": value_scale,
+        "value_zero_point_ptr": value_zero_point,
+        "value_residual_ptr": value_residual,
+        "outlier_key_ptr": outlier_key if pool_rows else key_residual,
+        "outlier_position_ptr": outlier_position if pool_rows else lengths,
+        "outlier_value_ptr": outlier_value if pool_rows else value_residual,
+        "partial_ptr": partial,
+        "log_sum_ptr": log_sum,
+        "stride_query_batch": query.stride(0),
+        "stride_query_head": query.stride(1),
+        "stride_query_token": query.stride(2),
+        "stride_key_batch": key.stride(0),
+        "stride_key_head": key.stride(1),
+        "stride_key_token": key.stride(2),
+        "stride_value_batch": value.stride(0),
+        "stride_value_head": value.stride(1),
+        "stride_value_token": value.stride(2),
+        "stride_mask_batch": mask_strides[0],
+        "stride_mask_head": mask_strides[1],
+        "stride_mask_query": mask_strides[2],
+        "stride_mask_token": mask_strides[3],
+        "site": site,
+        "q_len": q_len,
+        "pages": key_codes.shape[2],
+        "splits": splits,
+        "softmax_scale": softmax_scale,
+        "NUM_KV_HEADS": num_kv_heads,
+        "QUERIES_PER_KV": queries_per_kv,
+        "HEAD_DIM": head_dim,
+        "CAPACITY": key_residual.shape[2],
+        "KEY_BITS": key_bits,
+        "VALUE_BITS": value_bits,
+        "GROUP": PAGE // key_scale.shape[3],
+        "VALUE_GROUPS": value_scale.shape[3],
+        "POOL_ROWS": pool_rows,
+        "MASK": 0 if mask is None else 2 if additive else 1,
+        "MASK_FLOOR": torch.finfo(mask.dtype).min / 2 if mask is not None and additive else 0.0,
+        "PRECISION": "ieee" if exact else "tf32",
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": next_power_of_2(head_dim),
+    }
+    grid = (batch_size * num_kv_heads, splits + 1, row_blocks)
+    # More stages would send the words through shared memory.
+    launch(_attend_kernel, grid, arguments, num_warps=num_warps, num_stages=1)
+    arguments = {
+        "partial_ptr": partial,
+        "log_sum_ptr": log_sum,
+        "output_ptr": output,
+        "q_len": q_len,
+        "parts": splits + 1,
+        "QUERIES_PER_KV": queries_per_kv,
+        "HEAD_DIM": head_dim,
+        "BLOCK_PARTS": next_power_of_2(most_splits + 1),
+        "BLOCK_D": next_power_of_2(head_dim),
+    }
+    launch(_combine_kernel, (batch_size * num_kv_heads * rows,), arguments, num_warps=4, num_stages=1)
+    return output
+
+
+def tile_sizes(rows: Any, head_dim: int, bits: tuple[int, int], exact: bool) -> tuple[int, int, int]:
+    """Return query rows and tokens of a tile, and warps: the largest that compile for Hopper without spills.
+
+    Args:
+        rows: query rows of one kv head: q_len times query heads; may be symbolic.
+        head_dim: channels.
+        bits: widths of key and value codes.
+        exact: whether products are in float32, which runs outside the tensor cores.
+    """
+    if exact:
+        return 16, 32, 8
+    if at_most(rows, 16):
+        return 16, 32 if head_dim > 128 or 3 in bits else 64, 4
+    return 32 if head_dim > 128 else 64, 32, 8
+
+
+def _broadcast_strides(mask: Tensor) -> tuple[Any, ...]:
+    # A size of 1 is every row; the last axis is never broadcast.
+    return tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)) + (mask.stride(3),)

@@ -1,0 +1,316 @@
+"""Kernels that quantize the tokens that became due, write their codes into pages, and store new tokens in the ring.
+
+What is stored is defined in docs/storage.md, `Codes`, `Scales` and `append`.
+"""
+
+import triton
+import triton.language as tl
+
+from ottfx.kernels.packing import (
+    FINITE_MAX,
+    LOWER_ROW_BITS,
+    PAGE,
+    UPPER_ROW_BITS,
+    encode,
+    group_constants,
+    load_key_code,
+    make_finite,
+    pack_columns,
+    pack_rows,
+)
+from ottfx.kernels.window import load_real, load_tokens, packed_end
+
+
+@triton.jit
+def _merge_words(pointer, words, touched, live):
+    # Partial words keep the bits of tokens that are not due.
+    old = tl.load(pointer, mask=live & (touched != -1), other=0)
+    tl.store(pointer, (old & ~touched) | words, mask=live & (touched != 0))
+
+
+@triton.jit
+def _store_key_codes(
+    page_ptr, codes, due, channel_start, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
+):
+    # codes int32 [PAGE, CHUNK]: the channels from `channel_start` on of all tokens of a page.
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PER_WORD: tl.constexpr = 32 // WIDTH
+    row = tl.arange(0, PAGE)[:, None]
+    strip = channel_start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)[None, :]
+    words = pack_columns(codes & ((1 << WIDTH) - 1), WIDTH, PER_WORD, PAGE, CHUNK)
+    tl.store(page_ptr + strip * PAGE + row, words, mask=due[:, None] & (strip >= 0))
+    if BITS == 3:
+        HALF: tl.constexpr = PAGE // 2
+        STRIPS: tl.constexpr = CHUNK // 16
+        upper = tl.arange(0, 2)[:, None, None]
+        plane = tl.reshape(pack_columns(codes >> 2, 1, 16, PAGE, CHUNK), [2, HALF, STRIPS])
+        words = tl.sum(tl.where(due_halves(due, HALF, STRIPS), plane << (upper * 8), 0), axis=0)
+        bits = tl.where(upper == 0, LOWER_ROW_BITS, UPPER_ROW_BITS)
+        touched = tl.sum(tl.where(due_halves(due, HALF, STRIPS), bits, 0), axis=0)
+        strip16 = channel_start // 16 + tl.arange(0, STRIPS)[None, :]
+        plane_ptr = page_ptr + HEAD_DIM * 8 + strip16 * HALF + tl.arange(0, HALF)[:, None]
+        _merge_words(plane_ptr, words, touched, strip16 >= 0)
+
+
+@triton.jit
+def due_halves(due, HALF: tl.constexpr, STRIPS: tl.constexpr):
+    """Rows [2 * HALF] as [2, HALF, STRIPS]."""
+    return tl.broadcast_to(tl.reshape(due, [2, HALF])[:, :, None], [2, HALF, STRIPS])
+
+
+@triton.jit
+def _pack_key_page(
+    pair, page, channel_start, key_ptr, stride_key_token, ring_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
+    codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = PAGE // GROUP
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    token = page * PAGE + tl.arange(0, PAGE)
+    due = (token >= packed) & (token < end)
+    channel = channel_start + tl.arange(0, CHUNK)
+    # [PAGE, CHUNK]
+    x = load_tokens(
+        key_ptr, stride_key_token, ring_ptr, token, past, due, channel, channel < HEAD_DIM, CAPACITY, HEAD_DIM
+    )
+    real = load_real(valid_ptr, ring_valid_ptr, token, past, due, CAPACITY, HAS_VALID)
+    kept = real
+    if HAS_OUTLIERS:
+        kept = real & (tl.load(replaced_ptr + (token - packed), mask=due, other=0) == 0)
+    members = kept
+    if not MEAN_OF_REST:
+        members = real
+
+    # [GROUPS, GROUP, CHUNK]
+    x = tl.reshape(make_finite(x), [GROUPS, GROUP, CHUNK])
+    kept = tl.reshape(kept, [GROUPS, GROUP])[:, :, None]
+    members = tl.reshape(members, [GROUPS, GROUP])
+    count = tl.sum(members.to(tl.int32), axis=1)[:, None]
+    members = members[:, :, None]
+    total = tl.sum(tl.where(members, x, 0.0), axis=1)
+    mean = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32) + tl.zeros([GROUPS, CHUNK], tl.float32))
+    x = tl.where(kept, x, mean[:, None, :])
+    low = tl.where(count > 0, tl.min(tl.where(members, x, FINITE_MAX), axis=1), 0.0)
+    high = tl.where(count > 0, tl.max(tl.where(members, x, -FINITE_MAX), axis=1), 0.0)
+    scale, zero_point = group_constants(low, high, LEVELS)
+    codes = encode(
+        x,
+        tl.broadcast_to(scale.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
+        tl.broadcast_to(zero_point.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
+        LEVELS,
+    )
+
+    slot = pair * pages + page
+    group = tl.arange(0, GROUPS)[:, None]
+    group_start = page * PAGE + group * GROUP
+    group_due = (group_start >= packed) & (group_start < end) & (channel >= 0)[None, :]
+    offset = slot * (GROUPS * HEAD_DIM) + group * HEAD_DIM + channel[None, :]
+    tl.store(scale_ptr + offset, scale, mask=group_due)
+    tl.store(zero_point_ptr + offset, zero_point, mask=group_due)
+    page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
+    _store_key_codes(page_ptr, tl.reshape(codes, [PAGE, CHUNK]), due, channel_start, BITS, HEAD_DIM, CHUNK)
+
+
+@triton.jit
+def _store_value_codes(
+    page_ptr, codes, due, strip, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    # codes int32 [16, 2 * BLOCK_HALF]: 16 tokens; the columns are two halves of the channels, each padded.
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PER_WORD: tl.constexpr = 32 // WIDTH
+    HALF: tl.constexpr = HEAD_DIM // 2
+    COLUMNS: tl.constexpr = 2 * BLOCK_HALF
+    column = tl.arange(0, COLUMNS)
+    channel = column // BLOCK_HALF * HALF + column % BLOCK_HALF
+    live = (column % BLOCK_HALF < HALF)[None, :]
+    is_due = tl.broadcast_to(due[:, None], [16, COLUMNS])
+    mask: tl.constexpr = (1 << WIDTH) - 1
+    words = pack_rows(tl.where(is_due, codes & mask, 0), WIDTH, PER_WORD, 16, COLUMNS)
+    touched = pack_rows(tl.where(is_due, mask, 0), WIDTH, PER_WORD, 16, COLUMNS)
+    word_row = strip * (16 // PER_WORD) + tl.arange(0, 16 // PER_WORD)[:, None]
+    _merge_words(page_ptr + word_row * HEAD_DIM + channel[None, :], words, touched, live)
+    if BITS == 3:
+        upper = tl.arange(0, 2)[:, None]
+        plane = tl.reshape(pack_rows(tl.where(is_due, codes >> 2, 0), 1, 16, 16, COLUMNS), [2, BLOCK_HALF])
+        plane_touched = tl.reshape(pack_rows(tl.where(is_due, 1, 0), 1, 16, 16, COLUMNS), [2, BLOCK_HALF])
+        words = tl.sum(plane << (upper * 8), axis=0)
+        touched = tl.sum(plane_touched << (upper * 8), axis=0)
+        half_column = tl.arange(0, BLOCK_HALF)
+        plane_ptr = page_ptr + HEAD_DIM * 8 + strip * HALF + half_column
+        _merge_words(plane_ptr, words, touched, half_column < HALF)
+
+
+@triton.jit
+def _pack_value_strip(
+    pair, page, strip, value_ptr, stride_value_token, ring_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
+    codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
+    BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr,
+    MARK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    HALF: tl.constexpr = HEAD_DIM // 2
+    COLUMNS: tl.constexpr = 2 * BLOCK_HALF
+    column = tl.arange(0, COLUMNS)
+    in_row = column % BLOCK_HALF < HALF
+    channel = column // BLOCK_HALF * HALF + column % BLOCK_HALF
+    row = strip * 16 + tl.arange(0, 16)
+    token = page * PAGE + row
+    due = (token >= packed) & (token < end)
+    # [16, COLUMNS]
+    x = load_tokens(value_ptr, stride_value_token, ring_ptr, token, past, due, channel, in_row, CAPACITY, HEAD_DIM)
+    x = make_finite(x)
+    real = load_real(valid_ptr, ring_valid_ptr, token, past, due, CAPACITY, HAS_VALID)
+    if HAS_OUTLIERS:
+        # Offsets from `packed` are those of the keys: both halves have one schedule when there is a pool.
+        replaced = tl.load(replaced_ptr + (token - packed), mask=due, other=0) != 0
+        if tl.max(replaced.to(tl.int32), axis=0) > 0:
+            total = tl.zeros([COLUMNS], tl.float32)
+            count = 0
+            group_start = (page * PAGE + strip * 16) // GROUP * GROUP
+            for start in tl.range(group_start, group_start + GROUP, 16):
+                other = start + tl.arange(0, 16)
+                member = load_real(valid_ptr, ring_valid_ptr, other, past, other < end, CAPACITY, HAS_VALID)
+                if MEAN_OF_REST:
+                    member = member & (tl.load(replaced_ptr + (other - packed), mask=member, other=0) == 0)
+                rows = load_tokens(
+                    value_ptr, stride_value_token, ring_ptr, other, past, member, channel, in_row, CAPACITY, HEAD_DIM
+                )
+                total += tl.sum(make_finite(rows), axis=0)
+                count += tl.sum(member.to(tl.int32), axis=0)
+            mean = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32) + tl.zeros([COLUMNS], tl.float32))
+            x = tl.where(replaced[:, None], mean[None, :], x)
+
+    slot = pair * pages + page
+    scale_tile = tl.zeros([16, COLUMNS], tl.float32)
+    zero_point_tile = tl.zeros([16, COLUMNS], tl.float32)
+    for group in tl.static_range(VALUE_GROUPS):
+        in_group = (in_row & (channel // (HEAD_DIM // VALUE_GROUPS) == group))[None, :]
+        low = tl.where(real, tl.min(tl.where(in_group, x, FINITE_MAX), axis=1), 0.0)
+        high = tl.where(real, tl.max(tl.where(in_group, x, -FINITE_MAX), axis=1), 0.0)
+        scale, zero_point = group_constants(low, high, LEVELS)
+        scale_tile = tl.where(in_group, scale.to(tl.float32)[:, None], scale_tile)
+        zero_point_tile = tl.where(in_group, zero_point.to(tl.float32)[:, None], zero_point_tile)
+        if HAS_OUTLIERS and MARK and group == 0:
+            # The sign bit, not a negation: a scale of 0 is marked too.
+            marked = (scale.to(tl.int16, bitcast=True) | -32768).to(tl.int16).to(tl.float16, bitcast=True)
+            scale = tl.where(replaced, marked, scale)
+        offset = (slot * VALUE_GROUPS + group) * PAGE + row
+        tl.store(scale_ptr + offset, scale, mask=due)
+        tl.store(zero_point_ptr + offset, zero_point, mask=due)
+    codes = encode(x, scale_tile, zero_point_tile, LEVELS)
+    _store_value_codes(codes_ptr + slot * (4 * HEAD_DIM * BITS), codes, due, strip, BITS, HEAD_DIM, BLOCK_HALF)
+
+
+@triton.jit
+def _write_ring_rows(
+    batch, head, pair, item, key_ptr, value_ptr, valid_ptr, stride_key_token, stride_value_token,
+    key_residual_ptr, value_residual_ptr, residual_valid_ptr, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+    past, q_len, pages, decoded_start, decoded_end,
+    KEY_BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
+    HAS_VALID: tl.constexpr, WRITE_BACK: tl.constexpr, BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
+):  # fmt: skip
+    # The newest tokens, RING_ROWS of them a program; with write-back also those that the ring holds already.
+    length = past + q_len
+    first = tl.maximum(length - CAPACITY, 0)
+    if not WRITE_BACK:
+        first = tl.maximum(first, past)
+    token = first + item * RING_ROWS + tl.arange(0, RING_ROWS)
+    is_new = (token >= past) & (token < length)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    live = is_new[:, None] & (channel < HEAD_DIM)
+    ring_row = token % CAPACITY
+    source = (token - past).to(tl.int64)[:, None]
+    target = ring_row[:, None] * HEAD_DIM + channel
+    # [RING_ROWS, BLOCK_D]
+    key = tl.load(key_ptr + source * stride_key_token + channel, mask=live, other=0.0)
+    value = tl.load(value_ptr + source * stride_value_token + channel, mask=live, other=0.0)
+    key = key.to(key_residual_ptr.dtype.element_ty)
+    tl.store(value_residual_ptr + target, value.to(value_residual_ptr.dtype.element_ty), mask=live)
+    if WRITE_BACK:
+        decoded = (token >= decoded_start) & (token < decoded_end)
+        live_decoded = decoded[:, None] & (channel < HEAD_DIM)
+        slot = pair * pages + token // PAGE
+        page_row = (token % PAGE)[:, None]
+        code = load_key_code(
+            key_codes_ptr + slot[:, None] * (4 * HEAD_DIM * KEY_BITS), page_row, channel, live_decoded,
+            KEY_BITS, HEAD_DIM,
+        )  # fmt: skip
+        offset = (slot[:, None] * (PAGE // GROUP) + page_row // GROUP) * HEAD_DIM + channel
+        scale = tl.load(key_scale_ptr + offset, mask=live_decoded, other=0.0).to(tl.float32)
+        zero_point = tl.load(key_zero_point_ptr + offset, mask=live_decoded, other=0.0).to(tl.float32)
+        restored = (code.to(tl.float32) * scale + zero_point).to(key_residual_ptr.dtype.element_ty)
+        key = tl.where(live_decoded, restored, key)
+        live = live | live_decoded
+    tl.store(key_residual_ptr + target, key, mask=live)
+    if head == 0:
+        real = tl.full([RING_ROWS], 1, tl.uint8)
+        if HAS_VALID:
+            real = (tl.load(valid_ptr + (token - past), mask=is_new, other=0) != 0).to(tl.uint8)
+        tl.store(residual_valid_ptr + ring_row, real, mask=is_new)
+
+
+@triton.jit(do_not_specialize=["site", "q_len", "flags_per_head", "pages", "key_items", "value_items", "ring_items"])
+def _store_tokens_kernel(
+    key_ptr, value_ptr, valid_ptr, lengths_ptr, replaced_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, residual_valid_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    site, q_len, flags_per_head, pages, key_items, value_items, ring_items,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    KEY_WINDOW: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_WINDOW: tl.constexpr, VALUE_STEP: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
+    WRITE_BACK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    RING_ROWS: tl.constexpr,
+):  # fmt: skip
+    # For each (sequence, kv head): key_items pages x chunks of channels, value_items pages x 16 tokens, ring_items.
+    items = key_items + value_items + ring_items
+    program = tl.program_id(0)
+    pair = (program // items).to(tl.int64)
+    item = program % items
+    batch = pair // NUM_KV_HEADS
+    head = pair % NUM_KV_HEADS
+    past = tl.load(lengths_ptr + site * 3).to(tl.int32)
+    key_packed = tl.load(lengths_ptr + site * 3 + 1).to(tl.int32)
+    value_packed = tl.load(lengths_ptr + site * 3 + 2).to(tl.int32)
+    key_end = packed_end(past + q_len, key_packed, KEY_WINDOW, KEY_STEP)
+    value_end = packed_end(past + q_len, value_packed, VALUE_WINDOW, VALUE_STEP)
+
+    key_ptr += batch * stride_key_batch + head * stride_key_head
+    value_ptr += batch * stride_value_batch + head * stride_value_head
+    valid_ptr += batch * q_len
+    residual_valid_ptr += batch * CAPACITY
+    key_residual_ptr += pair * CAPACITY * HEAD_DIM
+    value_residual_ptr += pair * CAPACITY * HEAD_DIM
+    replaced_ptr += pair * flags_per_head
+
+    if item < key_items:
+        page = key_packed // PAGE + item // (HEAD_DIM // CHUNK)
+        channel_start = item % (HEAD_DIM // CHUNK) * CHUNK
+        if (key_end > key_packed) & (page * PAGE < key_end):
+            _pack_key_page(
+                pair, page, channel_start, key_ptr, stride_key_token, key_residual_ptr, valid_ptr, residual_valid_ptr,
+                replaced_ptr, key_codes_ptr, key_scale_ptr, key_zero_point_ptr, past, key_packed, key_end, pages,
+                KEY_BITS, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST, CHUNK,
+            )  # fmt: skip
+    elif item < key_items + value_items:
+        page = value_packed // PAGE + (item - key_items) // (PAGE // 16)
+        strip = (item - key_items) % (PAGE // 16)
+        start = page * PAGE + strip * 16
+        if (start < value_end) & (start + 16 > value_packed):
+            _pack_value_strip(
+                pair, page, strip, value_ptr, stride_value_token, value_residual_ptr, valid_ptr, residual_valid_ptr,
+                replaced_ptr, value_codes_ptr, value_scale_ptr, value_zero_point_ptr, past, value_packed, value_end,
+                pages, VALUE_BITS, GROUP, VALUE_GROUPS, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST,
+                MARK, BLOCK_HALF,
+            )  # fmt: skip
+    else:
+        _write_ring_rows(
+            batch, head, pair, item - key_items - value_items, key_ptr, value_ptr, valid_ptr,
+            stride_key_token, stride_value_token, key_residual_ptr, value_residual_ptr, residual_valid_ptr,
+            key_codes_ptr, key_scale_ptr, key_zero_point_ptr, past, q_len, pages,
+            tl.maximum(key_packed, value_end), key_end,
+            KEY_BITS, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, WRITE_BACK, BLOCK_D, RING_ROWS,
+        )  # fmt: skip

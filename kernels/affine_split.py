@@ -1,0 +1,242 @@
+"""Kernel of attention over paged affine storage: the softmax over one share of the tokens.
+
+Every program holds all query heads of one kv head. Splits `0 .. splits - 1` share the packed tokens; split `splits`
+reads what is in full precision: ring, outlier pool and new tokens. Keys and values are dequantized in registers,
+a tile at a time. Storage: docs/storage.md.
+"""
+
+import triton
+import triton.language as tl
+
+from ottfx.kernels.packing import PAGE, load_key_codes, load_value_codes
+
+
+@triton.jit
+def _masked_scores(
+    scores, mask_row_ptr, stride_mask_token, column, live, live_rows, softmax_scale,
+    MASK: tl.constexpr, MASK_FLOOR: tl.constexpr,
+):  # fmt: skip
+    # scores [BLOCK_M, BLOCK_N] -> scaled, masked; MASK is 0 for none, 1 for bool, 2 for additive, hiding at MASK_FLOOR.
+    scores *= softmax_scale
+    if MASK > 0:
+        pointer = mask_row_ptr[:, None] + column.to(tl.int64)[None, :] * stride_mask_token
+        # [BLOCK_M, BLOCK_N]
+        entry = tl.load(pointer, mask=live_rows[:, None] & live[None, :], other=0)
+        if MASK == 1:
+            scores = tl.where(entry != 0, scores, float("-inf"))
+        else:
+            entry = entry.to(tl.float32)
+            scores = tl.where(entry > MASK_FLOOR, scores + entry, float("-inf"))
+    return tl.where(live[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _accumulate(scores, value, row_max, row_sum, acc, PRECISION: tl.constexpr):
+    # One step of the running softmax. A row that has seen nothing keeps row_max = -inf and row_sum = 0.
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weight = tl.exp(scores - base[:, None])
+    decay = tl.exp(row_max - base)
+    row_sum = row_sum * decay + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def _attend_dense(
+    query, key_ptr, stride_key_token, value_ptr, stride_value_token, row, live, column,
+    mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # `row` int32 [BLOCK_N] counts from where the pointers are.
+    channel = tl.arange(0, BLOCK_D)
+    # [BLOCK_D, BLOCK_N]
+    key = tl.load(
+        key_ptr + row[None, :] * stride_key_token + channel[:, None],
+        mask=live[None, :] & (channel < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    scores = _masked_scores(
+        scores, mask_row_ptr, stride_mask_token, column, live, live_rows, softmax_scale, MASK, MASK_FLOOR
+    )
+    # [BLOCK_N, BLOCK_D]
+    value = tl.load(
+        value_ptr + row[:, None] * stride_value_token + channel[None, :],
+        mask=live[:, None] & (channel < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    return _accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
+
+
+@triton.jit
+def _load_keys(
+    codes_ptr, scale_ptr, zero_point_ptr, row, live,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Float32 [BLOCK_D, BLOCK_N]; the pointers are those of a page. `live` [BLOCK_N] guards the constants.
+    SPAN: tl.constexpr = GROUP if GROUP < BLOCK_N else BLOCK_N
+    GROUPS: tl.constexpr = BLOCK_N // SPAN
+    codes = load_key_codes(codes_ptr, row, BITS, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
+    channel = tl.arange(0, BLOCK_D)
+    group = row // GROUP + tl.arange(0, GROUPS)
+    offset = group[None, :] * HEAD_DIM + channel[:, None]
+    in_row = (channel < HEAD_DIM)[:, None] & (group >= 0)[None, :]
+    # [BLOCK_D, GROUPS]
+    scale = tl.load(scale_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
+    zero_point = tl.load(zero_point_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
+    grouped = tl.reshape(codes, [BLOCK_D, GROUPS, SPAN]) * scale[:, :, None] + zero_point[:, :, None]
+    return tl.reshape(grouped, [BLOCK_D, BLOCK_N])
+
+
+@triton.jit
+def _load_values(
+    codes_ptr, scale_ptr, zero_point_ptr, row, live,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Float32 [BLOCK_N, BLOCK_D]; the pointers are those of a page.
+    codes = load_value_codes(codes_ptr, row, BITS, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
+    token = row + tl.arange(0, BLOCK_N)
+    if (HEAD_DIM == BLOCK_D) | (GROUPS == 1):
+        SPAN: tl.constexpr = BLOCK_D // GROUPS
+        offset = tl.arange(0, GROUPS)[None, :] * 128 + token[:, None]
+        # [BLOCK_N, GROUPS]
+        scale = tl.abs(tl.load(scale_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32))
+        zero_point = tl.load(zero_point_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
+        grouped = tl.reshape(codes, [BLOCK_N, GROUPS, SPAN]) * scale[:, :, None] + zero_point[:, :, None]
+        values = tl.reshape(grouped, [BLOCK_N, BLOCK_D])
+    else:
+        channel = tl.arange(0, BLOCK_D)
+        offset = (channel // (HEAD_DIM // GROUPS) * 128)[None, :] + token[:, None]
+        in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
+        # [BLOCK_N, BLOCK_D]
+        scale = tl.abs(tl.load(scale_ptr + offset, mask=in_row, other=0.0).to(tl.float32))
+        zero_point = tl.load(zero_point_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
+        values = codes * scale + zero_point
+    return values
+
+
+@triton.jit(
+    do_not_specialize=[
+        "site", "q_len", "pages", "splits", "stride_mask_batch", "stride_mask_head", "stride_mask_query",
+    ]
+)  # fmt: skip
+def _attend_kernel(
+    query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+    stride_query_batch, stride_query_head, stride_query_token,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
+    site, q_len, pages, splits, softmax_scale,
+    NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    POOL_ROWS: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch = pair // NUM_KV_HEADS
+    head = pair % NUM_KV_HEADS
+    past = tl.load(lengths_ptr + site * 3).to(tl.int32)
+    packed = tl.load(lengths_ptr + site * 3 + 2).to(tl.int32)
+
+    # Row = one query token of one query head; heads vary fastest.
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = q_len * QUERIES_PER_KV
+    live_rows = row < rows
+    slot_row = (pair * rows + row) * (splits + 1) + split
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    tiles = tl.cdiv(packed, BLOCK_N)
+    share = tl.cdiv(tiles, splits)
+    first_tile = split * share
+    if (split < splits) & (first_tile >= tiles):
+        tl.store(log_sum_ptr + slot_row, row_max, mask=live_rows)
+        return
+    query_token = (row // QUERIES_PER_KV).to(tl.int64)
+    query_head = head * QUERIES_PER_KV + row % QUERIES_PER_KV
+    channel = tl.arange(0, BLOCK_D)
+    query_offset = batch * stride_query_batch + query_head * stride_query_head + query_token * stride_query_token
+    # [BLOCK_M, BLOCK_D]
+    query = tl.load(
+        query_ptr + query_offset[:, None] + channel[None, :],
+        mask=live_rows[:, None] & (channel < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    mask_row_ptr = (
+        mask_ptr + batch * stride_mask_batch + query_head * stride_mask_head + query_token * stride_mask_query
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    column = tl.arange(0, BLOCK_N)
+
+    if split < splits:
+        for tile in tl.range(first_tile, tl.minimum(first_tile + share, tiles)):
+            start = tile * BLOCK_N
+            page_row = start % PAGE
+            slot = pair * pages + start // PAGE
+            token = start + column
+            stored = token < packed
+            # The sign of the first value scale marks a token that is in the pool.
+            mark_ptr = value_scale_ptr + slot * (VALUE_GROUPS * 128) + page_row + column
+            mark = tl.load(mark_ptr, mask=stored, other=0.0).to(tl.int16, bitcast=True)
+            key = _load_keys(
+                key_codes_ptr + slot * (4 * HEAD_DIM * KEY_BITS),
+                key_scale_ptr + slot * (128 // GROUP * HEAD_DIM),
+                key_zero_point_ptr + slot * (128 // GROUP * HEAD_DIM),
+                page_row, stored, KEY_BITS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
+            scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+            scores = _masked_scores(
+                scores, mask_row_ptr, stride_mask_token, token, stored & (mark >= 0), live_rows, softmax_scale,
+                MASK, MASK_FLOOR,
+            )
+            value = _load_values(
+                value_codes_ptr + slot * (4 * HEAD_DIM * VALUE_BITS),
+                value_scale_ptr + slot * (VALUE_GROUPS * 128),
+                value_zero_point_ptr + slot * (VALUE_GROUPS * 128),
+                page_row, stored, VALUE_BITS, VALUE_GROUPS, HEAD_DIM, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
+            row_max, row_sum, acc = _accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
+    else:
+        ring_key_ptr = key_residual_ptr + pair * CAPACITY * HEAD_DIM
+        ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM
+        for start in tl.range(packed, past, BLOCK_N):
+            token = start + column
+            row_max, row_sum, acc = _attend_dense(
+                query, ring_key_ptr, HEAD_DIM, ring_value_ptr, HEAD_DIM, token % CAPACITY, token < past, token,
+                mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
+                HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
+            )  # fmt: skip
+        if POOL_ROWS > 0:
+            pool_key_ptr = outlier_key_ptr + pair * POOL_ROWS * HEAD_DIM
+            pool_value_ptr = outlier_value_ptr + pair * POOL_ROWS * HEAD_DIM
+            for start in tl.range(0, POOL_ROWS, BLOCK_N):
+                seat = start + column
+                position = tl.load(outlier_position_ptr + pair * POOL_ROWS + seat, mask=seat < POOL_ROWS, other=-1)
+                row_max, row_sum, acc = _attend_dense(
+                    query, pool_key_ptr, HEAD_DIM, pool_value_ptr, HEAD_DIM,
+                    seat, (position >= 0) & (position < past), position,
+                    mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
+                    HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
+                )  # fmt: skip
+        new_key_ptr = key_ptr + batch * stride_key_batch + head * stride_key_head
+        new_value_ptr = value_ptr + batch * stride_value_batch + head * stride_value_head
+        for start in tl.range(0, q_len, BLOCK_N):
+            token = start + column
+            first = tl.cast(start, tl.int64)
+            row_max, row_sum, acc = _attend_dense(
+                query, new_key_ptr + first * stride_key_token, stride_key_token,
+                new_value_ptr + first * stride_value_token, stride_value_token, column, token < q_len, past + token,
+                mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
+                HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
+            )  # fmt: skip
+
+    seen = (row_sum > 0.0) & live_rows
+    row_sum = tl.where(seen, row_sum, 1.0)
+    tl.store(log_sum_ptr + slot_row, row_max + tl.log(row_sum), mask=live_rows)
+    acc = acc / row_sum[:, None]
+    target = partial_ptr + slot_row[:, None] * HEAD_DIM + channel[None, :]
+    tl.store(target, acc, mask=seen[:, None] & (channel < HEAD_DIM)[None, :])

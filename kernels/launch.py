@@ -1,0 +1,40 @@
+"""How a launcher starts a kernel: traced by `torch.library.triton_op`, or at once in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+WIDEST_CHUNK = 32
+
+
+def launch(kernel: Any, grid: tuple[Any, ...], arguments: Mapping[str, Any], num_warps: int, num_stages: int) -> None:
+    """Start `kernel` on `grid` (ints or SymInts) with all its arguments by name."""
+    if isinstance(kernel, triton.JITFunction):
+        kernel = torch.library.wrap_triton(kernel)
+    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+def at_most(size: Any, bound: int) -> bool:
+    """Whether `size <= bound` holds for every value it may take; adds no guard on a symbolic size."""
+    return bool(statically_known_true(size <= bound))
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """Return `x`, or a copy of it if its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def next_power_of_2(size: int) -> int:
+    """Return the smallest power of two that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def channel_chunk(head_dim: int) -> int:
+    """Return the largest power of two, at most 32, that divides `head_dim`: channels that one program packs."""
+    return min(head_dim & -head_dim, WIDEST_CHUNK)

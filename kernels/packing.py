@@ -1,0 +1,130 @@
+"""Device functions on the words of a page: unpack them to codes, pack codes into them, quantize a group.
+
+The order of the words is defined in docs/storage.md: element `i` of a word sits at bit
+`width * (i // 2) + 16 * (i % 2)`, and words run along the axis that attention contracts.
+"""
+
+import triton
+import triton.language as tl
+
+PAGE = tl.constexpr(128)
+FINITE_MAX = tl.constexpr(65504.0)
+# 1.5 * 2**23: adding and subtracting it rounds a float32 below 2**22 to an integer, ties to even.
+ROUND_MAGIC = tl.constexpr(12582912.0)
+LOWER_ROW_BITS = tl.constexpr(0x00FF00FF)
+UPPER_ROW_BITS = tl.constexpr(-0x00FF0100)
+
+
+@triton.jit
+def bit_position(element, WIDTH: tl.constexpr):
+    """Bit of a word where an element begins."""
+    return WIDTH * (element // 2) + 16 * (element % 2)
+
+
+@triton.jit
+def unpack_words(words, WIDTH: tl.constexpr, PER_WORD: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr):
+    """Words int32 [STRIPS, ROWS] to codes int32 [STRIPS * PER_WORD, ROWS]."""
+    shift = bit_position(tl.arange(0, PER_WORD), WIDTH)
+    codes = (words[:, None, :] >> shift[None, :, None]) & ((1 << WIDTH) - 1)
+    return tl.reshape(codes, [STRIPS * PER_WORD, ROWS])
+
+
+@triton.jit
+def load_key_codes(
+    page_ptr, row, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Codes int32 [BLOCK_D, BLOCK_N] of BLOCK_N tokens (at most 64) from row `row` on, a multiple of BLOCK_N."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PER_WORD: tl.constexpr = 32 // WIDTH
+    STRIPS: tl.constexpr = BLOCK_D // PER_WORD
+    strip = tl.arange(0, STRIPS)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
+    # [STRIPS, BLOCK_N]
+    words = tl.load(page_ptr + strip * 128 + row + column, mask=strip < HEAD_DIM // PER_WORD, other=0)
+    codes = unpack_words(words, WIDTH, PER_WORD, STRIPS, BLOCK_N)
+    if BITS == 3:
+        strip16 = tl.arange(0, BLOCK_D // 16)[:, None]
+        plane_ptr = page_ptr + HEAD_DIM * 8
+        # [BLOCK_D // 16, BLOCK_N]
+        plane = tl.load(plane_ptr + strip16 * 64 + row % 64 + column, mask=strip16 < HEAD_DIM // 16, other=0)
+        codes += unpack_words(plane >> (row // 64 * 8), 1, 16, BLOCK_D // 16, BLOCK_N) * 4
+    return codes
+
+
+@triton.jit
+def load_value_codes(
+    page_ptr, row, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Codes int32 [BLOCK_N, BLOCK_D] of BLOCK_N tokens from row `row` on, a multiple of BLOCK_N."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PER_WORD: tl.constexpr = 32 // WIDTH
+    STRIPS: tl.constexpr = BLOCK_N // PER_WORD
+    strip = row // PER_WORD + tl.arange(0, STRIPS)[:, None]
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    # [STRIPS, BLOCK_D]
+    words = tl.load(page_ptr + strip * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0)
+    codes = unpack_words(words, WIDTH, PER_WORD, STRIPS, BLOCK_D)
+    if BITS == 3:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        strip16 = row // 16 + tl.arange(0, BLOCK_N // 16)[:, None]
+        plane_ptr = page_ptr + HEAD_DIM * 8
+        # [BLOCK_N // 16, BLOCK_D]
+        plane = tl.load(plane_ptr + strip16 * HALF + channel % HALF, mask=channel < HEAD_DIM, other=0)
+        codes += unpack_words(plane >> (channel // HALF * 8), 1, 16, BLOCK_N // 16, BLOCK_D) * 4
+    return codes
+
+
+@triton.jit
+def load_key_code(page_ptr, row, channel, live, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Code int32 of each (row, channel) of a page, one gathered word each; for the few rows of a write-back."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    PER_WORD: tl.constexpr = 32 // WIDTH
+    word = tl.load(page_ptr + channel // PER_WORD * 128 + row, mask=live, other=0)
+    code = (word >> bit_position(channel % PER_WORD, WIDTH)) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        plane = tl.load(page_ptr + HEAD_DIM * 8 + channel // 16 * 64 + row % 64, mask=live, other=0)
+        code += ((plane >> (bit_position(channel % 16, 1) + row // 64 * 8)) & 1) * 4
+    return code
+
+
+@triton.jit
+def pack_columns(codes, WIDTH: tl.constexpr, PER_WORD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes int32 [ROWS, COLUMNS] to words int32 [ROWS, COLUMNS // PER_WORD]."""
+    shift = bit_position(tl.arange(0, PER_WORD), WIDTH)
+    neighbours = tl.reshape(codes, [ROWS, COLUMNS // PER_WORD, PER_WORD])
+    return tl.sum(neighbours << shift[None, None, :], axis=2)
+
+
+@triton.jit
+def pack_rows(codes, WIDTH: tl.constexpr, PER_WORD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes int32 [ROWS, COLUMNS] to words int32 [ROWS // PER_WORD, COLUMNS]."""
+    shift = bit_position(tl.arange(0, PER_WORD), WIDTH)
+    neighbours = tl.reshape(codes, [ROWS // PER_WORD, PER_WORD, COLUMNS])
+    return tl.sum(neighbours << shift[None, :, None], axis=1)
+
+
+@triton.jit
+def make_finite(x):
+    """Float32 with NaN -> 0 and everything else clamped to +-65504."""
+    x = x.to(tl.float32)
+    x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, -FINITE_MAX), FINITE_MAX)
+
+
+@triton.jit
+def group_constants(low, high, LEVELS: tl.constexpr):
+    """Scale and zero point, float16, of groups with ranges `low .. high` in float32."""
+    zero_point = low.to(tl.float16)
+    width = high - zero_point.to(tl.float32)
+    scale = tl.div_rn(width, tl.full(width.shape, LEVELS, tl.float32))
+    scale = tl.minimum(tl.maximum(scale, 0.0), FINITE_MAX).to(tl.float16)
+    return scale, zero_point
+
+
+@triton.jit
+def encode(x, scale, zero_point, LEVELS: tl.constexpr):
+    """Codes int32 of float32 `x`; `scale` and `zero_point` are float32 tiles of its shape."""
+    ratio = tl.div_rn(x - zero_point, tl.where(scale == 0.0, 1.0, scale))
+    ratio = tl.minimum(tl.maximum(ratio, 0.0), LEVELS)
+    codes = ((ratio + ROUND_MAGIC) - ROUND_MAGIC).to(tl.int32)
+    return tl.where(scale == 0.0, 0, codes)

@@ -1,0 +1,259 @@
+"""Reading paged affine storage in plain torch: attention over it, dense copies of it, and forgetting its end.
+
+Layout and rules: `docs/storage.md`. `attend` is traceable like `affine_cache.append`; it reads only the pages that
+`past_length` can use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ottfx.affine_cache import ring_positions
+from ottfx.reference import dequantize_affine, unpack_page
+from ottfx.schemes.base import PAGE, Role
+
+
+def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Dequantize whole pages of keys.
+
+    Args:
+        codes: int32 [batch, heads, pages, words].
+        scale: fp16 [batch, heads, pages, groups of a page, head_dim]; `zero_point` alike.
+        zero_point: see `scale`.
+        bits: width of a code.
+
+    Returns:
+        fp32 [batch, heads, pages * PAGE, head_dim].
+    """
+    groups, head_dim = scale.shape[-2:]
+    unpacked = unpack_page(codes, bits, PAGE, head_dim).unflatten(-2, (groups, PAGE // groups))
+    return dequantize_affine(unpacked, scale, zero_point, dim=-2).flatten(2, 4)
+
+
+def read_value_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Dequantize whole pages of values.
+
+    Args:
+        codes: int32 [batch, heads, pages, words].
+        scale: fp16 [batch, heads, pages, groups of a token, PAGE]; `zero_point` alike.
+        zero_point: see `scale`.
+        bits: width of a code.
+
+    Returns:
+        fp32 [batch, heads, pages * PAGE, head_dim].
+    """
+    groups = scale.shape[-2]
+    head_dim = codes.shape[-1] * 32 // (PAGE * bits)
+    unpacked = unpack_page(codes, bits, head_dim, PAGE).unflatten(-2, (groups, head_dim // groups))
+    return dequantize_affine(unpacked, scale, zero_point, dim=-2).flatten(3, 4).transpose(-1, -2).flatten(2, 3)
+
+
+def _mask_bias(mask: Tensor | None, num_kv_heads: int, groups: int) -> Tensor | None:
+    # Additive fp32 [batch or 1, num_kv_heads or 1, groups or 1, queries, kv_len]; what a float mask hides is -inf.
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        bias = torch.where(mask, 0.0, -torch.inf)
+    else:
+        bias = torch.where(mask > torch.finfo(mask.dtype).min / 2, mask.float(), -torch.inf)
+    if bias.shape[1] == 1:
+        return bias.unsqueeze(1)
+    return bias.unflatten(1, (num_kv_heads, groups))
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor,
+    site: int,
+    past_length: int,
+    softmax_scale: float,
+    *,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_zero_point: Tensor,
+    key_residual: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_zero_point: Tensor,
+    value_residual: Tensor,
+    outlier_key: Tensor | None = None,
+    outlier_position: Tensor | None = None,
+    outlier_value: Tensor | None = None,
+    key_bits: int,
+    value_bits: int,
+) -> Tensor:
+    """Attend over the stored past and the new tokens: the section *attend* of docs/storage.md, in fp32.
+
+    Args:
+        query: [batch, num_heads, q_len, head_dim].
+        key: new tokens [batch, num_kv_heads, q_len, head_dim]; `value` alike.
+        value: see `key`.
+        mask: as in `Scheme`, 4-D with past_length + q_len columns, or None.
+        lengths: int64 [sites, 3].
+        site: row of `lengths`.
+        past_length: tokens stored, the number in `lengths`; bounds the pages that are read.
+        softmax_scale: factor on query @ key^T.
+        key_codes: state before the append, as all tensors that follow; shapes in docs/storage.md.
+        key_scale: state.
+        key_zero_point: state.
+        key_residual: state.
+        value_codes: state.
+        value_scale: state.
+        value_zero_point: state.
+        value_residual: state.
+        outlier_key: state of the pool; all three or none.
+        outlier_position: state of the pool.
+        outlier_value: state of the pool.
+        key_bits: width of a key code; `value_bits` of a value code.
+        value_bits: see `key_bits`.
+
+    Returns:
+        The shape and dtype of `query`. A query that may see nothing gets 0.
+    """
+    batch, num_kv_heads, q_len, head_dim = key.shape
+    groups = query.shape[1] // num_kv_heads
+    past, _, packed = lengths[site].unbind()
+    device = key.device
+
+    # A slice of an unbacked axis has strides that a tracer cannot reason about; a selection is a new tensor.
+    pages = torch.arange(past_length // PAGE + 1, device=device)
+    scale = value_scale.index_select(2, pages)
+    slot = torch.arange((past_length // PAGE + 1) * PAGE, device=device)
+    ring = ring_positions(past, key_residual.shape[2])
+    in_ring = (ring >= packed).unsqueeze(-1)
+    not_marked = ~torch.signbit(scale[:, :, :, 0]).flatten(2, 3)
+    coded = [storage.index_select(2, pages) for storage in (key_codes, key_scale, key_zero_point)]
+    keys = [read_key_pages(*coded, key_bits), torch.where(in_ring, key_residual.float(), 0.0), key.float()]
+    coded = [value_codes.index_select(2, pages), scale, value_zero_point.index_select(2, pages)]
+    values = [read_value_pages(*coded, value_bits), torch.where(in_ring, value_residual.float(), 0.0), value.float()]
+    visible = [
+        not_marked & (slot < packed),
+        in_ring.squeeze(-1).expand(batch, num_kv_heads, -1),
+        torch.ones(batch, num_kv_heads, q_len, dtype=torch.bool, device=device),
+    ]
+    if outlier_position is not None and outlier_position.shape[2]:
+        in_pool = (outlier_position >= 0) & (outlier_position < past)
+        keys.append(torch.where(in_pool.unsqueeze(-1), outlier_key.float(), 0.0))
+        values.append(torch.where(in_pool.unsqueeze(-1), outlier_value.float(), 0.0))
+        visible.append(in_pool)
+
+    rows = query.float().reshape(batch, num_kv_heads, groups * q_len, head_dim)
+    scores = rows @ torch.cat(keys, dim=2).transpose(-1, -2) * softmax_scale
+    scores = scores.reshape(batch, num_kv_heads, groups, q_len, -1)
+    scores = torch.where(torch.cat(visible, dim=2).unsqueeze(2).unsqueeze(2), scores, -torch.inf)
+    bias = _mask_bias(mask, num_kv_heads, groups)
+    if bias is not None:
+        columns = bias.shape[-1]
+        parts = [
+            bias.index_select(-1, slot.clamp(max=columns - 1)),
+            bias.index_select(-1, ring.clamp(0, columns - 1)),
+            bias.narrow(-1, columns - q_len, q_len),
+        ]
+        if len(keys) > 3:
+            by_head = bias.expand(batch, num_kv_heads, -1, -1, -1)
+            position = outlier_position.long().clamp(min=0).unsqueeze(2).unsqueeze(2)
+            pool_bias = by_head.gather(-1, position.expand(-1, -1, by_head.shape[2], by_head.shape[3], -1))
+            parts = [part.expand(batch, num_kv_heads, -1, -1, -1) for part in parts] + [pool_bias]
+        scores = scores + torch.cat(parts, dim=-1)
+
+    highest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(highest == -torch.inf, 0.0, highest))
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    result = weights.flatten(2, 3) @ torch.cat(values, dim=2)
+    return result.reshape(query.shape).to(query.dtype)
+
+
+def read_tokens(
+    role: Role, state: Mapping[str, Tensor], bits: int, packed: int, start: int, stop: int
+) -> Tensor:
+    """Return the tokens `start .. stop - 1` of one half, dense and in logical dtype.
+
+    Args:
+        role: which half `state` is.
+        state: its tensors by name. Tokens of the outlier pool, if it has one, get their exact values.
+        bits: width of a code.
+        packed: tokens that are codes; later ones are in the ring.
+        start: first token.
+        stop: end of the range.
+
+    Returns:
+        [batch, num_kv_heads, stop - start, head_dim].
+    """
+    residual = state[f"{role}_residual"]
+    first_page = start // PAGE
+    count = -(-stop // PAGE) - first_page
+    pages = [state[f"{role}_{name}"].narrow(2, first_page, count) for name in ("codes", "scale", "zero_point")]
+    read_pages = read_key_pages if role == "key" else read_value_pages
+    coded = read_pages(*pages, bits).narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)
+    position = torch.arange(start, stop, device=coded.device)
+    ring = residual.index_select(2, torch.remainder(position, residual.shape[2]))
+    dense = torch.where((position >= packed).unsqueeze(-1), ring, coded)
+    if f"outlier_{role}" not in state:
+        return dense
+    pool = state[f"outlier_{role}"]
+    pool_position = state["outlier_position" if role == "key" else "value_outlier_position"].long()
+    wanted = (pool_position >= start) & (pool_position < stop)
+    # One more row takes the tokens of the pool that are not wanted.
+    target = torch.where(wanted, pool_position - start, stop - start).unsqueeze(-1).expand(pool.shape)
+    extended = torch.cat([dense, dense.new_zeros(*dense.shape[:2], 1, dense.shape[3])], dim=2)
+    return extended.scatter(2, target, pool).narrow(2, 0, stop - start)
+
+
+def rewind(
+    role: Role, state: Mapping[str, Tensor], bits: int, group_size: int, capacity: int, packed: int, length: int
+) -> int:
+    """Forget the tokens from `length` on, in place; return how many of the rest are codes.
+
+    The new packed length is a multiple of `group_size` for both halves, as keys may not be packed less than values.
+    Tokens of a group that is cut go back to the ring, pool tokens with their exact values, and count as real: whether
+    they were padding is no longer known. Tracing that has stopped stays so, unless nothing stays packed.
+
+    Args:
+        role: which half `state` is.
+        state: its tensors by name.
+        bits: width of a code.
+        group_size: tokens of a key group.
+        capacity: seats of the outlier pool.
+        packed: tokens that are codes now.
+        length: tokens that stay.
+    """
+    remaining = min(packed, length // group_size * group_size)
+    if remaining == packed:
+        return packed
+    residual = state[f"{role}_residual"]
+    back = torch.arange(remaining, length, device=residual.device)
+    row = torch.remainder(back, residual.shape[2])
+    residual.index_copy_(2, row, read_tokens(role, state, bits, packed, remaining, length))
+    if role == "key":
+        state["residual_valid"].index_fill_(1, row[: packed - remaining], 1)
+    if f"outlier_{role}" in state:
+        _free_rows(role, state, capacity, remaining)
+    return remaining
+
+
+def _free_rows(role: Role, state: Mapping[str, Tensor], capacity: int, remaining: int) -> None:
+    position = state["outlier_position" if role == "key" else "value_outlier_position"]
+    rows = state[f"outlier_{role}"]
+    kept = (position >= 0) & (position < remaining)
+    # Rows that stay move up within the pool and within the spill pool; their order is the order of arrival.
+    order = torch.cat(
+        [
+            part.logical_not().to(torch.uint8).argsort(dim=-1, stable=True) + offset
+            for part, offset in ((kept[..., :capacity], 0), (kept[..., capacity:], capacity))
+        ],
+        dim=-1,
+    )
+    rows.copy_(rows.gather(2, order.unsqueeze(-1).expand(rows.shape)))
+    position.copy_(torch.where(kept, position, -1).gather(-1, order))
+    if role == "key":
+        spill_count, limit = state["spill_count"], max(position.shape[-1] - capacity, 1)
+        in_use = kept[..., capacity:].sum(-1).to(spill_count.dtype)
+        stays_stopped = (spill_count >= limit) & (remaining > 0)
+        spill_count.copy_(torch.where(stays_stopped, limit, in_use))

@@ -1,0 +1,144 @@
+"""The doors for a user's own Python: `compile` and `explain`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ottfx.errors import ConfigError, MatchError
+from ottfx.graph_compiler import compile_graph
+from ottfx.report import Report
+from ottfx.schemes.base import SchemeConfig
+from ottfx.settings import Settings, make_settings
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(
+    model: Model,
+    bits: int | None = None,
+    *,
+    scheme: str | SchemeConfig = "ott",
+    mode: str | None = None,
+    dynamic: bool | None = True,
+    fullgraph: bool = False,
+    lower: str = "inductor",
+    **scheme_options: Any,
+) -> Model:
+    """Compile a model in place so that its KV cache is stored in a few bits an element.
+
+    Works on any module whose forward takes and returns keys and values, such as a transformers decoder with its stock
+    `DynamicCache`; `model.generate(...)` is then used as before. Compiling again replaces the former call.
+
+    Args:
+        model: the module to compile; it is changed in place.
+        bits: width of a code, 2 (the default), 3, 4 or 8; or leave it to `scheme`, when that is a config.
+        scheme: name of a scheme (`ott`, `kivi`, `none`, ...) or its config.
+        mode: a mode of `torch.compile` that does without CUDA graphs.
+        dynamic: as in `torch.compile`. True compiles one graph for all lengths.
+        fullgraph: as in `torch.compile`.
+        lower: `inductor`, or `eager` to run the rewritten graph node by node.
+        **scheme_options: options of the scheme, such as `group_size` or `residual_length`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ConfigError: an option that does not exist, or a value that cannot work; the valid ones are named.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"ottfx.compile: model must be a torch.nn.Module. Got {type(model).__name__}. "
+            "For a function use torch.compile(function, backend='ott')."
+        )
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise ConfigError(
+            "ottfx.compile: model is already the result of torch.compile, whose .generate() runs the uncompiled model. "
+            "Pass the original module."
+        )
+    options = {"scheme": scheme, "lower": lower, **({} if bits is None else {"bits": bits}), **scheme_options}
+    settings = make_settings(options, mode=mode, where="compile")
+    compiled = _compile_call(model, settings, dynamic=dynamic, fullgraph=fullgraph)
+    model._compiled_call_impl = compiled  # type: ignore[assignment]
+    return model
+
+
+def explain(
+    model: nn.Module,
+    example: Mapping[str, Any] | Sequence[Any],
+    bits: int | None = None,
+    *,
+    scheme: str | SchemeConfig = "ott",
+    next_example: Callable[[Any], Mapping[str, Any] | Sequence[Any]] | None = None,
+    **scheme_options: Any,
+) -> Report:
+    """Run a model once through the pass and report every attention site, without changing the model.
+
+    Args:
+        model: the module, compiled or not.
+        example: keyword arguments (a mapping) or positional arguments of one forward call, the prompt.
+        bits: as in `compile`.
+        scheme: as in `compile`.
+        next_example: from the prompt's result, the arguments of a decode step. By default the last token again with the
+            returned `past_key_values`, when there are any.
+        **scheme_options: as in `compile`.
+
+    Returns:
+        A `Report`; `print` it.
+
+    Raises:
+        MatchError: the model ran, but no graph of it reached the pass.
+    """
+    options = {"scheme": scheme, "lower": "eager", **({} if bits is None else {"bits": bits}), **scheme_options}
+    settings = make_settings(options, where="explain")
+    report = Report()
+    settings.on_graph = report.add_graph
+    call = _compile_call(model, settings, dynamic=True, fullgraph=False)
+    next_example = next_example or functools.partial(_next_step, example)
+    with torch.no_grad():
+        result = _call(call, example)
+        step = next_example(result)
+        if step is not None:
+            _call(call, step)
+    if not report.graphs:
+        raise MatchError(
+            f"ottfx.explain: {type(model).__name__} ran, but no graph of it was captured. "
+            "Check that its forward is not excluded from torch.compile."
+        )
+    return report
+
+
+def _compile_call(
+    model: nn.Module, settings: Settings, *, dynamic: bool | None, fullgraph: bool
+) -> Callable[..., Any]:
+    def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        return compile_graph(gm, example_inputs, settings)
+
+    compiled = torch.compile(model._call_impl, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+
+    # With dynamic shapes every Python float would become a graph input, and every graph be compiled twice.
+    @torch._dynamo.config.patch(specialize_float=True)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def _call(call: Callable[..., Any], arguments: Mapping[str, Any] | Sequence[Any]) -> Any:
+    return call(**arguments) if isinstance(arguments, Mapping) else call(*arguments)
+
+
+def _next_step(example: Mapping[str, Any] | Sequence[Any], result: Any) -> Mapping[str, Any] | None:
+    past = getattr(result, "past_key_values", None)
+    if past is None or not isinstance(example, Mapping) or "input_ids" not in example:
+        return None
+    step = {"input_ids": example["input_ids"][:, -1:], "past_key_values": past}
+    mask = example.get("attention_mask")
+    if mask is not None:
+        step["attention_mask"] = torch.cat([mask, mask[:, -1:]], dim=1)
+    return step

@@ -1,0 +1,202 @@
+"""`CacheCall`: one call of a rewritten Dynamo graph, with the packed state found, grown and handed in around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ottfx.cache_state import CacheHalf, Payload, pages_to_allocate
+from ottfx.errors import CacheError
+from ottfx.kv_tensor import KVTensor
+from ottfx.schemes.base import CacheShape, Role, Scheme, SchemeConfig
+from ottfx.size_reader import Reader
+
+ROLES: tuple[Role, Role] = ("key", "value")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteCall:
+    """What a call needs to know of one rewritten attention."""
+
+    name: str
+    scheme: Scheme
+    config: SchemeConfig
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    past: tuple[int, int] | None
+    """Positions of the stored keys and values among the call's arguments; None for a fresh prompt."""
+    batch_size: Reader
+    q_len: Reader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateInput:
+    """One added input of the rewritten graph."""
+
+    kind: Literal["state", "lengths", "past_length", "pages"]
+    row: int = 0
+    role: Role = "key"
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cache:
+    """Both halves of one site, ready to be written behind `past` tokens."""
+
+    halves: tuple[CacheHalf, CacheHalf]
+    past: int
+    q_len: int
+
+
+class CacheCall:
+    """Callable with the arguments and results of the graph that Dynamo captured.
+
+    Before the graph: opens each site's halves for appending (copying a branch, forgetting what was cropped, packing what eager code
+    appended, importing a dense cache), makes room, and writes all lengths to the device in one copy. After it: wraps the halves in
+    `KVTensor`s where the graph used to return dense tensors.
+
+    Args:
+        inner: the compiled rewritten graph.
+        sites: one for each row of `lengths`.
+        kept_arguments: positions of the captured graph's arguments that the inner graph still takes, in its order.
+        added_inputs: what it takes behind them.
+        num_outputs: results of the captured graph.
+        cache_outputs: result position -> (row, role), for the results that are caches now.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        sites: Sequence[SiteCall],
+        kept_arguments: Sequence[int],
+        added_inputs: Sequence[StateInput],
+        num_outputs: int,
+        cache_outputs: dict[int, tuple[int, Role]],
+    ) -> None:
+        self._inner = inner
+        self._sites = tuple(sites)
+        self._kept = tuple(kept_arguments)
+        self._added = tuple(added_inputs)
+        self._kept_outputs = [i for i in range(num_outputs) if i not in cache_outputs]
+        self._num_outputs = num_outputs
+        self._cache_outputs = [(i, row, ROLES.index(role)) for i, (row, role) in cache_outputs.items()]
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        caches = [_open(site, args) for site in self._sites]
+        _make_room(self._sites, caches)
+        lengths = self._lengths(caches)
+        extra = []
+        for added in self._added:
+            if added.kind == "state":
+                extra.append(caches[added.row].halves[added.role == "value"].tensors[added.name])
+            elif added.kind == "lengths":
+                extra.append(lengths)
+            elif added.kind == "pages":
+                extra.append(caches[0].halves[0].shape.pages)
+            else:
+                extra.append(caches[added.row].past)
+        results = self._inner(*[args[i] for i in self._kept], *extra)
+        for cache in caches:
+            for half in cache.halves:
+                half.advance(cache.past + cache.q_len)
+        outputs: list[Any] = [None] * self._num_outputs
+        for i, result in zip(self._kept_outputs, results, strict=True):
+            outputs[i] = result
+        for i, row, half_index in self._cache_outputs:
+            half = caches[row].halves[half_index]
+            outputs[i] = KVTensor.from_payload(Payload(half, half.high))
+        return tuple(outputs)
+
+    def _lengths(self, caches: list[_Cache]) -> Tensor:
+        rows = [(c.past, c.halves[0].packed, c.halves[1].packed) for c in caches]
+        return _to_device(torch.tensor(rows, dtype=torch.int64), self._sites[0].device)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From pinned memory the copy is queued; from ordinary memory the host would wait for the device.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
+    q_len = site.q_len(args)
+    if site.past is None:
+        halves = [_allocate(site, role, site.batch_size(args), q_len) for role in ROLES]
+        return _Cache(halves=(halves[0], halves[1]), past=0, q_len=q_len)
+    past = [args[i] for i in site.past]
+    lengths = [p.shape[2] for p in past]
+    if lengths[0] != lengths[1]:
+        raise CacheError(
+            f"ottfx: {site.name}: keys and values of one layer must have the same length. "
+            f"Got {lengths[0]} keys and {lengths[1]} values. Crop and append both together."
+        )
+    halves = []
+    tails: list[Tensor | None] = []
+    for role, tensor in zip(ROLES, past, strict=True):
+        half, tail = _split(site, role, tensor, q_len)
+        halves.append(half)
+        tails.append(tail)
+    stored = halves[0].high
+    if halves[1].high != stored or (tails[0] is None) != (tails[1] is None):
+        raise CacheError(
+            f"ottfx: {site.name}: keys and values of one layer come from different steps of a cache "
+            f"({stored} and {halves[1].high} packed tokens). Pass the pair that one forward call returned."
+        )
+    key_tail, value_tail = tails
+    if key_tail is not None and value_tail is not None and key_tail.shape[2] > 0:
+        _pack_tail(site, halves, key_tail, value_tail)
+    return _Cache(halves=(halves[0], halves[1]), past=halves[0].high, q_len=q_len)
+
+
+def _split(site: SiteCall, role: Role, tensor: Tensor, q_len: int) -> tuple[CacheHalf, Tensor | None]:
+    """Storage of a past and the tokens of it that are still dense."""
+    if not isinstance(tensor, KVTensor):
+        return _allocate(site, role, tensor.shape[0], tensor.shape[2] + q_len), tensor
+    payload = tensor.payload
+    assert payload is not None, "a traced KVTensor reached run time"
+    return payload.open_for_append(), payload.tail
+
+
+def _allocate(site: SiteCall, role: Role, batch_size: int, length: int) -> CacheHalf:
+    shape = CacheShape(
+        batch_size=batch_size,
+        num_kv_heads=site.num_kv_heads,
+        head_dim=site.head_dim,
+        pages=pages_to_allocate(site.scheme.pages_needed(site.config, length), 0),
+        dtype=site.dtype,
+        device=site.device,
+    )
+    return CacheHalf.allocate(site.scheme, site.config, role, shape)
+
+
+def _pack_tail(site: SiteCall, halves: list[CacheHalf], key: Tensor, value: Tensor) -> None:
+    """Append tokens that eager code put behind a handle, or a whole dense cache, to the packed storage."""
+    past = halves[0].high
+    total = past + key.shape[2]
+    for half in halves:
+        half.grow(pages_to_allocate(site.scheme.pages_needed(site.config, total), half.shape.pages))
+    lengths = _to_device(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
+    state = [tensor for half in halves for tensor in half.tensors.values()]
+    with torch.no_grad():
+        site.scheme.append_op(key, value, None, lengths, 0, *state, *site.scheme.constants(site.config))
+    for half in halves:
+        half.advance(total)
+
+
+def _make_room(sites: Sequence[SiteCall], caches: Sequence[_Cache]) -> None:
+    """Grow every half to the one capacity that all sites of a call share."""
+    pages = 0
+    for site, cache in zip(sites, caches, strict=True):
+        needed = site.scheme.pages_needed(site.config, cache.past + cache.q_len)
+        for half in cache.halves:
+            pages = max(pages, pages_to_allocate(needed, half.shape.pages))
+    for cache in caches:
+        for half in cache.halves:
+            half.grow(pages)

@@ -1,0 +1,170 @@
+"""`CacheHalf`: the packed keys, or the packed values, of one layer. The one owner of packed storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ottfx.schemes.base import CacheShape, Part, Role, Scheme, SchemeConfig, TensorSpec
+
+MIN_PAGES = 2
+"""Compiled graphs take the number of pages for a size that is neither 0 nor 1."""
+
+
+class Payload:
+    """What one handle (`KVTensor`) sees: the first `length` tokens of `half`, then `tail` in full precision."""
+
+    __slots__ = ("__weakref__", "half", "length", "tail")
+
+    def __init__(self, half: CacheHalf, length: int, tail: Tensor | None = None) -> None:
+        self.half = half
+        self.length = length
+        self.tail = tail
+        half.readers.add(self)
+
+    @property
+    def total_length(self) -> int:
+        """Tokens visible through this handle, tail included."""
+        return self.length + (0 if self.tail is None else self.tail.shape[2])
+
+    def dequantize(self) -> Tensor:
+        """Return the visible tokens, dense `[batch, num_kv_heads, total_length, head_dim]`."""
+        stored = self.half.read(self.length)
+        return stored if self.tail is None else torch.cat([stored, self.tail], dim=2)
+
+    def open_for_append(self) -> CacheHalf:
+        """Return a half that holds exactly `length` tokens and may be written behind them.
+
+        It is this handle's own half if no other live handle sees further (then whatever was cropped away is
+        forgotten), otherwise a copy: appending to a branch never changes its siblings.
+        """
+        half = self.half
+        if half.high == self.length:
+            return half
+        if any(reader.length > self.length for reader in half.readers):
+            half = half.map_batch(torch.clone)
+        half.rewind(self.length)
+        return half
+
+
+class CacheHalf:
+    """State tensors of one half of one layer's cache, with the two lengths that say what is in them.
+
+    Attributes:
+        tensors: name -> tensor, in the order in which the scheme's ops take them.
+        high: tokens written.
+        packed: how many of them are codes.
+        readers: live payloads that look at this half.
+    """
+
+    __slots__ = ("config", "high", "packed", "readers", "role", "scheme", "shape", "specs", "tensors")
+
+    def __init__(self, scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheShape) -> None:
+        self.scheme = scheme
+        self.config = config
+        self.role = role
+        self.shape = shape
+        self.specs: dict[str, TensorSpec] = scheme.state_spec(config, role, shape)
+        self.high = 0
+        self.packed = 0
+        self.readers: weakref.WeakSet[Payload] = weakref.WeakSet()
+        self.tensors: dict[str, Tensor] = {}
+
+    @classmethod
+    def allocate(cls, scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheShape) -> CacheHalf:
+        """Make an empty half with room for `shape.pages` pages."""
+        half = cls(scheme, config, role, shape)
+        # Buffers made in inference mode could not be written to later outside it.
+        with torch.inference_mode(False):
+            half.tensors = {
+                name: torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=shape.device)
+                for name, spec in half.specs.items()
+            }
+        return half
+
+    def grow(self, pages: int) -> None:
+        """Make room for `pages` pages; never shrinks. One tensor at a time is held twice."""
+        if pages <= self.shape.pages:
+            return
+        with torch.inference_mode(False):
+            self._set_pages(pages)
+            for name, spec in self.specs.items():
+                if spec.paged_dim is None:
+                    continue
+                old = self.tensors[name]
+                new = torch.empty(spec.shape, dtype=spec.dtype, device=old.device)
+                kept = old.shape[spec.paged_dim]
+                new.narrow(spec.paged_dim, 0, kept).copy_(old)
+                new.narrow(spec.paged_dim, kept, new.shape[spec.paged_dim] - kept).fill_(spec.fill)
+                self.tensors[name] = new
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> CacheHalf:
+        """Return a copy whose every tensor is `function` of this one's; `function` may change the batch axis or device."""
+        with torch.inference_mode(False):
+            tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        first = next(iter(tensors.values()))
+        return self.with_tensors(tensors, first.shape[0], first.device)
+
+    def with_tensors(self, tensors: dict[str, Tensor], batch_size: int, device: torch.device) -> CacheHalf:
+        """Return a half with this one's scheme and lengths over other tensors."""
+        shape = CacheShape(
+            batch_size=batch_size,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            pages=self.shape.pages,
+            dtype=self.shape.dtype,
+            device=device,
+        )
+        half = CacheHalf(self.scheme, self.config, self.role, shape)
+        half.tensors = tensors
+        half.high, half.packed = self.high, self.packed
+        return half
+
+    def read(self, length: int) -> Tensor:
+        """Return the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`."""
+        return self.scheme.read(self.config, self.role, self.tensors, self.packed, length)
+
+    def rewind(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        if length < self.packed:
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed = self.scheme.rewind(self.config, self.role, self.tensors, self.packed, length)
+        self.high = length
+
+    def advance(self, length: int) -> None:
+        """Record that tokens up to `length` were written, and what the append op packed by that."""
+        self.packed = self.scheme.packed_length(self.config, self.role, length, self.packed)
+        self.high = length
+
+    def bytes_by_part(self) -> dict[Part, int]:
+        """Bytes really held, by what they are."""
+        parts: dict[Part, int] = {}
+        for name, spec in self.specs.items():
+            parts[spec.part] = parts.get(spec.part, 0) + self.tensors[name].nbytes
+        return parts
+
+    def _set_pages(self, pages: int) -> None:
+        s = self.shape
+        self.shape = CacheShape(
+            batch_size=s.batch_size,
+            num_kv_heads=s.num_kv_heads,
+            head_dim=s.head_dim,
+            pages=pages,
+            dtype=s.dtype,
+            device=s.device,
+        )
+        self.specs = self.scheme.state_spec(self.config, self.role, self.shape)
+
+
+def pages_to_allocate(needed: int, held: int) -> int:
+    """Pages to hold when `needed` do not fit into `held`: 1/32 more than needed, so that a copy stays rare.
+
+    A growth copies the cache once, a decode step reads it once; growing by 1/32 of `n` pages costs one copy in
+    `4 n` steps or more.
+    """
+    if needed <= held:
+        return held
+    return max(MIN_PAGES, needed + (needed // 32 if held else 0))

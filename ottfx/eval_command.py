@@ -1,0 +1,131 @@
+"""The command `ottfx eval`: measure the quality of quantized caches on a real model and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ottfx.errors import ConfigError, OttfxError
+
+# torch takes seconds to import: functions that need it do so themselves, so that `--help` answers at once.
+if TYPE_CHECKING:
+    import torch
+
+    from ottfx.results import Result, Variant
+
+SMOLLM2 = "smollm2"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `eval` to a typer application."""
+    app.command("eval")(eval_command)
+
+
+def eval_command(
+    schemes: Annotated[str, typer.Option(help="Comma-separated schemes, each with its defaults.")] = "none,kivi,ott",
+    bits: Annotated[int, typer.Option(help="Width of a code, for the schemes that have codes.")] = 2,
+    study: Annotated[bool, typer.Option("--study", help="The study's variants, beside what it found.")] = False,
+    model: Annotated[str, typer.Option(help="smollm2, or a model folder or hub name.")] = SMOLLM2,
+    text: Annotated[str, typer.Option(help="A UTF-8 text file. Default: Persuasion.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 2048,
+    start: Annotated[int, typer.Option(help="First scored position.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16. Default: float32 on cpu.")] = "",
+    out: Annotated[str, typer.Option(help="A .json, .csv or .md file; without suffix all three.")] = "results/quality",
+) -> None:
+    """Compare quantized caches with full precision: mean KL, top-1 agreement, perplexity, effective bits."""
+    import torch
+
+    from ottfx.results import markdown_table, write_results
+    from ottfx.study import study_table, study_variants
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    try:
+        variants = study_variants() if study else default_variants(schemes.split(","), bits)
+        results = run_evaluation(variants, model, device, dtype, text, tokens, start)
+        typer.echo(markdown_table(results))
+        if study:
+            typer.echo(study_table(results))
+        for file in write_results(results, out):
+            typer.echo(f"wrote {file}")
+    except OttfxError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def default_variants(schemes: Sequence[str], bits: int) -> list[Variant]:
+    """Return one variant for each scheme name, with the scheme's own defaults at `bits` bits.
+
+    Raises:
+        ConfigError: no name is left.
+    """
+    from ottfx.results import Variant
+
+    names = [name.strip() for name in schemes if name.strip()]
+    if not names:
+        raise ConfigError("ottfx eval: expected at least one scheme. Got none. Try --schemes none,kivi,ott.")
+    options: dict[str, dict[str, Any]] = {
+        name: {"scheme": name} if name == "none" else {"scheme": name, "bits": bits} for name in names
+    }
+    return [Variant(label=name, options=options[name]) for name in options]
+
+
+def run_evaluation(
+    variants: Sequence[Variant], model: str, device: str, dtype: str, text: str, tokens: int, start: int
+) -> list[Result]:
+    """Load a model and measure `variants` on it, with a progress bar for each.
+
+    Args:
+        variants: what to measure.
+        model: `smollm2`, or what `from_pretrained` takes.
+        device: a torch device.
+        dtype: name of a torch floating-point dtype.
+        text: path of a UTF-8 file; empty for the bundled text.
+        tokens: tokens that are read.
+        start: first scored position.
+
+    Raises:
+        ConfigError: `dtype` is not the name of a floating-point dtype; and as `ottfx.evaluate.evaluate`.
+    """
+    import torch
+    from rich import progress as bars
+
+    from ottfx.evaluate import evaluate
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"ottfx eval: dtype must be float32, float16 or bfloat16. Got {dtype!r}.")
+    language_model, tokenizer = _load(model, kind)
+    language_model = language_model.to(device)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    with bars.Progress(*columns, bars.TimeElapsedColumn(), bars.TimeRemainingColumn()) as progress:
+        tasks = {v.label: progress.add_task(v.label, total=tokens, start=False) for v in variants}
+
+        def on_step(label: str, done: int, total: int) -> None:
+            progress.start_task(tasks[label])
+            progress.update(tasks[label], completed=done, total=total)
+
+        return evaluate(
+            language_model,
+            tokenizer,
+            variants,
+            text=Path(text).read_text(encoding="utf-8") if text else None,
+            num_tokens=tokens,
+            start=start,
+            model_name="SmolLM2-135M-Instruct" if model == SMOLLM2 else model,
+            on_step=on_step,
+        )
+
+
+def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    if model == SMOLLM2:
+        from ottfx.models import load_smollm2
+
+        return load_smollm2(dtype, notify=typer.echo)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), AutoTokenizer.from_pretrained(model)

@@ -1,0 +1,214 @@
+"""Compile one Dynamo graph: rewrite its attention sites, lower what is left, put a `CacheCall` around it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch.fx import Graph, GraphModule, Node
+
+from ottfx.attention_site import AttentionSite, Binding, Refusal
+from ottfx.cache_call import CacheCall, SiteCall, StateInput
+from ottfx.errors import CacheError
+from ottfx.kv_tensor import KVTensor
+from ottfx.pipeline import RewriteResult, rewrite_graph
+from ottfx.registry import get_scheme
+from ottfx.schemes.base import CacheShape, Role, TensorSpec
+from ottfx.settings import Settings
+from ottfx.size_reader import SizeReader
+
+log = logging.getLogger("ottfx")
+
+def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
+    """Return a callable with `gm`'s arguments and results whose caches are `KVTensor`s.
+
+    A graph in which nothing was rewritten, or that must keep gradients, is lowered as it is.
+
+    Raises:
+        CacheError: gradients are needed through a graph that reads a quantized cache.
+    """
+    if _needs_grad(example_inputs):
+        if any(isinstance(x, KVTensor) for x in example_inputs):
+            raise CacheError(
+                "ottfx: a quantized cache has no gradient, and this forward pass needs one. "
+                "Run it under torch.no_grad(), or start it without past_key_values."
+            )
+        log.debug("graph needs gradients: lowered without a quantized cache")
+        return _lower(gm, example_inputs, settings)
+    # Dynamo reads its own graph again after the backend returns: never edit that one.
+    door = _DynamoDoor(_copy(gm), example_inputs, settings)
+    result = rewrite_graph(door.gm, door.bind, door)
+    if settings.on_graph is not None:
+        settings.on_graph(result)
+    for refusal in result.refusals:
+        log.warning("ottfx: attention %d (%s) keeps its full-precision cache: %s", refusal.index, refusal.name, refusal.reason)
+    if not result.bindings:
+        return _lower(gm, example_inputs, settings)
+    return door.finish(result)
+
+
+def _needs_grad(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    graph = Graph()
+    output = graph.graph_copy(gm.graph, {})
+    graph.output(output)
+    # Without Dynamo's metadata AOTAutograd accepts inputs that Dynamo does not know.
+    return GraphModule(gm, graph)
+
+
+def _lower(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
+    if settings.lower == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=settings.inductor_options or None)
+
+
+class _DynamoDoor:
+    """Adapter between the passes and one graph of Dynamo's: adds inputs, remembers them, builds the call."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> None:
+        self.gm = gm
+        self._settings = settings
+        self._placeholders = gm.graph.find_nodes(op="placeholder")
+        # Dynamo hands over real sizes for some inputs; its graph has the symbolic ones.
+        self._examples = {node: node.meta.get("example_value", x) for node, x in zip(self._placeholders, example_inputs, strict=True)}
+        self._sizes = SizeReader(list(self._examples.values()))
+        self._num_outputs = len(gm.graph.output_node().args[0])
+        self._last_placeholder = self._placeholders[-1]
+        self._added: list[tuple[Node, StateInput, Any]] = []
+        self._lengths_node: Node | None = None
+        self._rows: dict[int, int] = {}
+        self._pages: Any = None
+        context = TracingContext.try_get()
+        self._fake_mode = context.fake_mode if context is not None else None
+
+    # -- what the passes ask for -----------------------------------------------------------------------------------
+
+    def bind(self, site: AttentionSite) -> Binding | Refusal:
+        """Choose scheme and config for a site: those of the cache that it continues, otherwise the door's own."""
+        config = self._settings.config.at_layer(site.index)
+        if site.past_key is not None:
+            stored = [getattr(self._examples.get(past), "config", None) for past in (site.past_key, site.past_value)]
+            if stored[0] != stored[1]:
+                return Refusal(index=site.index, name=site.name, reason=f"keys and values are stored differently: {stored}")
+            config = stored[0] or config
+        scheme = get_scheme(config.scheme)
+        key = _value(site.key)
+        shape = CacheShape(
+            batch_size=key.shape[0],
+            num_kv_heads=int(key.shape[1]),
+            head_dim=int(key.shape[3]),
+            pages=self._symbolic_pages(),
+            dtype=key.dtype,
+            device=key.device,
+        )
+        reason = scheme.check(config, shape)
+        if reason is not None:
+            return Refusal(index=site.index, name=site.name, reason=reason)
+        if not self._rows and isinstance(shape.pages, torch.SymInt):
+            # Inductor wants to see the symbol by itself; the state tensors have sizes that are multiples of it.
+            self._add("cache_pages", StateInput(kind="pages"), shape.pages)
+        row = len(self._rows)
+        self._rows[site.index] = row
+        return Binding(site=site, scheme=scheme, config=config, row=row, shape=shape)
+
+    def state(self, site: AttentionSite, role: Role, name: str, spec: TensorSpec) -> Node:
+        """Add an input for one state tensor."""
+        row = self._rows[site.index]
+        with self._fake_mode or nullcontext():
+            example = torch.empty(spec.shape, dtype=spec.dtype, device=_value(site.key).device)
+        return self._add(f"{name}_{row}", StateInput(kind="state", row=row, role=role, name=name), example)
+
+    def lengths(self) -> Node:
+        """The input with (past_length, key_packed, value_packed) of every site."""
+        if self._lengths_node is None:
+            device = next(x.device for x in self._examples.values() if isinstance(x, Tensor))
+            with self._fake_mode or nullcontext():
+                # One row for each site; sites are bound before any of them is rewritten.
+                example = torch.empty((len(self._rows), 3), dtype=torch.int64, device=device)
+            self._lengths_node = self._add("cache_lengths", StateInput(kind="lengths"), example)
+        return self._lengths_node
+
+    def past_length(self, site: AttentionSite) -> Node | int:
+        """Tokens stored before this call: a constant, an input that Dynamo made, or an added one."""
+        assert site.past_key is not None
+        size = self._examples[site.past_key].shape[2]
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        for node, example in self._examples.items():
+            if isinstance(example, torch.SymInt) and example.node.expr == size.node.expr:
+                return node
+        row = self._rows[site.index]
+        return self._add(f"past_length_{row}", StateInput(kind="past_length", row=row), size)
+
+    # -- the call ----------------------------------------------------------------------------------------------------
+
+    def finish(self, result: RewriteResult) -> CacheCall:
+        """Drop inputs that nothing reads any more, lower the graph, and wrap it."""
+        index = {node: i for i, node in enumerate(self._placeholders)}
+        kept = [node for node in self._placeholders if node.users]
+        for node in self._placeholders:
+            if not node.users:
+                self.gm.graph.erase_node(node)
+        self.gm.graph.lint()
+        self.gm.recompile()
+        inputs = [self._examples[node] for node in kept] + [example for _, _, example in self._added]
+        inner = _lower(self.gm, inputs, self._settings)
+        return CacheCall(
+            inner,
+            [self._site_call(binding, index) for binding in result.bindings],
+            [index[node] for node in kept],
+            [source for _, source, _ in self._added],
+            self._num_outputs,
+            {i: (self._rows[site.index], role) for i, (site, role) in result.cache_outputs.items()},
+        )
+
+    def _site_call(self, binding: Binding, index: dict[Node, int]) -> SiteCall:
+        site, shape = binding.site, binding.shape
+        past = None
+        if site.past_key is not None and site.past_value is not None:
+            past = (index[site.past_key], index[site.past_value])
+        return SiteCall(
+            name=site.name,
+            scheme=binding.scheme,
+            config=binding.config,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=shape.device,
+            past=past,
+            batch_size=self._sizes.reader(shape.batch_size),
+            q_len=self._sizes.reader(_value(site.key).shape[2]),
+        )
+
+    def _add(self, name: str, source: StateInput, example: Any) -> Node:
+        with self.gm.graph.inserting_after(self._last_placeholder):
+            node = self.gm.graph.placeholder(name)
+        node.meta["example_value"] = example
+        self._last_placeholder = node
+        self._added.append((node, source, example))
+        return node
+
+    def _symbolic_pages(self) -> Any:
+        """The one capacity of a call, a size that no guard can be made on: growth must not recompile."""
+        if self._pages is None:
+            shape_env = self._fake_mode.shape_env if self._fake_mode is not None else None
+            if shape_env is None:
+                return 2
+            with shape_env.ignore_fresh_unbacked_symbols():
+                self._pages = shape_env.create_unbacked_symint()
+            torch._check(self._pages >= 2)
+        return self._pages
+
+
+def _value(node: Node) -> Any:
+    return node.meta["example_value"]

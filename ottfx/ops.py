@@ -1,0 +1,63 @@
+"""Binds the functions of a scheme as `torch.ops.ottfx.*`, and chooses where they run.
+
+The body of such an op branches on the device: CUDA tensors go to the Triton launchers in `ottfx.kernels`, all others
+to the plain-torch definition. `torch.compile` sees through it, so that on the CPU Inductor compiles the definition
+and on CUDA it sees the kernels; no opaque call is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ottfx import affine_cache, affine_read
+
+
+def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = ()) -> Any:
+    """Register `function` as the operator `torch.ops.ottfx.<name>` and return its overload.
+
+    Args:
+        name: unique among all schemes; `<scheme>_append` and `<scheme>_attend` by convention.
+        function: fully annotated with types that an operator may have (Tensor, Tensor | None, int, float, bool, str).
+            A graph that is printed names its parameters.
+        mutates: the parameters that it writes to, exactly.
+    """
+    torch.library.triton_op(f"ottfx::{name}", function, mutates_args=set(mutates))
+    return getattr(torch.ops.ottfx, name).default
+
+
+def affine_append(
+    key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, **state_and_constants: Any
+) -> None:
+    """Store new tokens in affine storage; named operands as in `affine_cache.append`."""
+    valid = affine_cache.token_validity(mask, key.shape[2], key.shape[0])
+    if key.is_cuda:
+        from ottfx.kernels.affine_append import append as launch
+
+        launch(key, value, valid, lengths, site, **state_and_constants)
+    else:
+        affine_cache.append(key, value, valid, lengths, site, **state_and_constants)
+
+
+def affine_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor,
+    site: int,
+    past_length: int,
+    softmax_scale: float,
+    **state_and_constants: Any,
+) -> Tensor:
+    """Attend over affine storage and the new tokens; named operands as in `affine_read.attend`."""
+    if key.is_cuda:
+        from ottfx.kernels.affine_attend import attend as launch
+
+        return launch(query, key, value, mask, lengths, site, softmax_scale, **state_and_constants)
+    return affine_read.attend(
+        query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants
+    )

@@ -1,0 +1,152 @@
+"""Results of `ottfx.evaluate`: what they hold, and how they are written as JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ottfx.errors import ConfigError
+from ottfx.metrics import PositionMetrics
+
+FORMATS = (".json", ".csv", ".md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to store the cache."""
+
+    label: str
+    options: Mapping[str, Any]
+    """Keyword arguments of `ottfx.compile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a result depends on besides the variant."""
+
+    model: str
+    text_sha256: str
+    """Of the whole text as given; empty if token ids were given."""
+    tokens_sha256: str
+    """Of the token ids that were read, as little-endian int64."""
+    tokens: int
+    start: int
+    """First scored position."""
+    prefill: int
+    """Tokens of the prompt; the others were decoded one by one."""
+    dtype: str
+    device: str
+    attention: str
+    """The attention implementation of the model's config."""
+    versions: str
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Quality of one variant, with the conditions under which it was measured."""
+
+    label: str
+    description: str
+    """The scheme's options in words, as stored at the last layer."""
+    mean_kl: float
+    """Mean KL(full || quantized) of the next-token distribution over the scored positions, in nat."""
+    kl_low: float
+    """Lower bound of the 95 % bootstrap interval of `mean_kl`."""
+    kl_high: float
+    """Upper bound of it."""
+    top1: float
+    """Share of scored positions at which both put the same token first."""
+    perplexity: float
+    """Of the text, with the quantized cache."""
+    perplexity_ratio: float
+    """Perplexity with the quantized cache over perplexity in full precision."""
+    bits_held: float
+    """Bytes really held at the end, in bits an element of the dense cache, spare room and model dtype included."""
+    bits_formula: float
+    """Bits as papers count them: exact length, full precision as 16 bits. See `ottfx.metrics.formula_bits`."""
+    seconds: float
+    """Wall time of prefill and decoding, compilation included. Not a benchmark of speed."""
+    conditions: Conditions
+    metrics: PositionMetrics = field(repr=False, compare=False)
+    """The numbers of each position; not written to files."""
+
+    def row(self) -> dict[str, Any]:
+        """Return the numbers as one flat row, without conditions and positions."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_A_ROW}
+
+
+_NOT_IN_A_ROW = ("conditions", "metrics")
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """Return the results as a Markdown table, followed by their conditions."""
+    lines = [
+        "| variant | bits (formula) | bits (held) | mean KL, nat | 95 % interval | top-1 | perplexity ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r.label} | {r.bits_formula:.2f} | {r.bits_held:.2f} | {r.mean_kl:.4f} | {r.kl_low:.4f} to {r.kl_high:.4f} "
+        f"| {r.top1:.3f} | {r.perplexity_ratio:.3f} |"
+        for r in results
+    ]
+    for c in dict.fromkeys(r.conditions for r in results):
+        lines += [
+            "",
+            f"{c.model}, {c.dtype} on {c.device}, {c.attention} attention; {c.tokens} tokens, "
+            f"of which {c.prefill} were read as a prompt and the others decoded one by one; "
+            f"positions {c.start} to {c.tokens - 1} are scored. Text SHA-256 `{c.text_sha256[:16]}`, "
+            f"tokens SHA-256 `{c.tokens_sha256[:16]}`. {c.versions}. {c.date}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def csv_table(results: Sequence[Result]) -> str:
+    """Return the results as CSV, the conditions repeated in each row."""
+    rows = [{**r.row(), **dataclasses.asdict(r.conditions)} for r in results]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def json_text(results: Sequence[Result]) -> str:
+    """Return the results as JSON: a list of objects, each with its `conditions`."""
+    rows = [{**r.row(), "conditions": dataclasses.asdict(r.conditions)} for r in results]
+    return json.dumps(rows, indent=2) + "\n"
+
+
+def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
+    """Write the results to one file, or to three.
+
+    Args:
+        results: what `evaluate` returned.
+        path: a file that ends in .json, .csv or .md, or a path without a suffix, which then gets all three.
+            Folders are made.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix and path.suffix not in FORMATS:
+        raise ConfigError(
+            f"ottfx.write_results: the file must end in one of {list(FORMATS)}, or have no suffix. Got {str(path)!r}."
+        )
+    writers = {".json": json_text, ".csv": csv_table, ".md": markdown_table}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix in [path.suffix] if path.suffix else FORMATS:
+        file = path.with_name(path.stem + suffix)
+        file.write_text(writers[suffix](results), encoding="utf-8")
+        written.append(file)
+    return written

@@ -1,0 +1,8 @@
+"""Published quantization schemes, one method a file.
+
+This package imports none of them, so that the registry, the ops and the schemes may import each other's bases in any
+order; the registry imports the modules named here.
+"""
+
+MODULES = ("none", "kivi", "ott")
+"""Modules of this package that register a scheme."""

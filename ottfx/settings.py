@@ -1,0 +1,63 @@
+"""What a door asks of the compiler, read from keyword options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from ottfx.errors import ConfigError
+from ottfx.registry import make_config
+from ottfx.schemes.base import SchemeConfig
+
+if TYPE_CHECKING:
+    from ottfx.pipeline import RewriteResult
+
+Lowering = Literal["inductor", "eager"]
+LOWERINGS = get_args(Lowering)
+MODES = (None, "default", "max-autotune-no-cudagraphs")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Options of one compiled model."""
+
+    config: SchemeConfig
+    lower: Lowering = "inductor"
+    """`eager` runs the rewritten graph node by node: for debugging and tests."""
+    inductor_options: dict[str, Any] = field(default_factory=dict)
+    on_graph: Callable[[RewriteResult], None] | None = None
+    """Called with what happened to each graph, before it is lowered."""
+
+
+def make_settings(
+    options: Mapping[str, Any] | None = None, *, mode: str | None = None, where: str = "backend='ott'"
+) -> Settings:
+    """Read what `torch.compile` hands to a backend.
+
+    Args:
+        options: `bits`, `scheme`, `lower`, and any option of the scheme.
+        mode: a mode of `torch.compile` that does without CUDA graphs.
+        where: how errors name the caller.
+
+    Raises:
+        ConfigError: an option or mode that does not exist, or a value that cannot work.
+    """
+    remaining = dict(options or {})
+    if mode not in MODES:
+        raise ConfigError(
+            f"ottfx: {where}: mode must be one of {list(MODES)}. Got mode={mode!r}. "
+            "CUDA graphs are not supported yet; leave mode out."
+        )
+    lower = remaining.pop("lower", "inductor")
+    if lower not in LOWERINGS:
+        raise ConfigError(f"ottfx: {where}: lower must be one of {list(LOWERINGS)}. Got lower={lower!r}.")
+    scheme = remaining.pop("scheme", "ott")
+    bits = remaining.pop("bits", None)
+    config = make_config(scheme, bits, **remaining)
+    inductor_options: dict[str, Any] = {}
+    if mode not in (None, "default"):
+        from torch._inductor import list_mode_options
+
+        inductor_options = dict(list_mode_options(mode))
+    return Settings(config=config, lower=lower, inductor_options=inductor_options)

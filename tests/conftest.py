@@ -1,0 +1,55 @@
+"""What every test gets: a seed, one thread, no compiler caches, no network, and a `gpu` marker that skips."""
+
+import os
+
+# Read when torch and huggingface_hub are imported, so they are set first.
+# Inductor's cache key does not see the body of an operator: with the cache on, an edited operator runs its old code.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Seed the generators, and forget the graphs and the modes that the test before left."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    default_dtype = torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() == default_dtype, "the test left another default dtype"
+    assert torch.is_grad_enabled(), "the test left grad mode off"
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The best device here: CUDA if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Fill uninitialized memory (NaN, or the largest integer), so that reading an unwritten element shows."""
+    enabled, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -1,0 +1,174 @@
+"""Whole `generate` calls over the real cache, stock model and stock DynamicCache, against the uncompiled model."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_tokens, tiny_model
+from torch._dynamo.utils import counters
+
+import ottfx
+from ottfx.kv_tensor import KVTensor
+
+FULL_ATTENTION = [family for family in FAMILIES if family != "mistral-sliding"]
+
+
+def compiled_copy(model, **options):
+    """The reference model, and a copy of it that ottfx compiled without Inductor, plus what reached the backend."""
+    twin = copy.deepcopy(model)
+    ottfx.compile(twin, lower="eager", **options)
+    return model, twin
+
+
+def generate(model, ids, mask=None, new_tokens=20, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"do_sample": False, "return_dict_in_generate": True, **options}
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+
+
+def left_padded(ids, amounts):
+    mask = torch.ones_like(ids)
+    for row, amount in enumerate(amounts):
+        mask[row, :amount] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def assert_same_tokens(reference, twin, ids, mask=None, **options):
+    torch.manual_seed(1)
+    want = generate(reference, ids, mask, **options)
+    torch.manual_seed(1)
+    got = generate(twin, ids, mask, **options)
+    assert torch.equal(want.sequences, got.sequences)
+    return got
+
+
+def relative_error(got, want) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def unique_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_none_gives_the_same_tokens(family):
+    """`none` stores 16 (here 32) bits: equal tokens prove the pass on this family."""
+    reference, twin = compiled_copy(tiny_model(family), scheme="none")
+    counters.clear()
+    got = assert_same_tokens(reference, twin, random_tokens(3, 9), new_tokens=60)
+    assert unique_graphs() == (2 if family not in ("gemma3", "mistral-sliding") else unique_graphs())
+    assert not counters["graph_break"]
+    kinds = [type(layer.keys) for layer in got.past_key_values.layers]
+    if family == "mistral-sliding":
+        assert KVTensor not in kinds
+    elif family == "gemma3":
+        assert kinds == [torch.Tensor, KVTensor]
+    else:
+        assert set(kinds) == {KVTensor}
+
+
+def test_other_lengths_and_growth_compile_nothing():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
+    assert_same_tokens(reference, twin, random_tokens(3, 9), new_tokens=3)
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = assert_same_tokens(reference, twin, random_tokens(3, 200, seed=1), new_tokens=400)
+        assert_same_tokens(reference, twin, random_tokens(5, 30, seed=2), new_tokens=30)
+    assert unique_graphs() == 0
+    assert got.past_key_values.layers[0].keys.payload.half.shape.pages >= 5, "grew from 2 pages"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
+def test_left_padding(family):
+    reference, twin = compiled_copy(tiny_model(family), scheme="none")
+    ids, mask = left_padded(random_tokens(3, 40), [17, 0, 5])
+    assert_same_tokens(reference, twin, ids, mask, new_tokens=50)
+
+
+def test_beam_search_and_several_sequences():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
+    ids = random_tokens(2, 12)
+    assert_same_tokens(reference, twin, ids, num_beams=3)
+    assert_same_tokens(reference, twin, ids, do_sample=True, num_return_sequences=3)
+
+
+def test_prompt_lookup_decoding():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
+    ids = random_tokens(1, 12).repeat(1, 3)
+    assert_same_tokens(reference, twin, ids, prompt_lookup_num_tokens=4, new_tokens=40)
+
+
+def test_assisted_decoding():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
+    assistant = tiny_model("llama", num_hidden_layers=1)
+    assert_same_tokens(reference, twin, random_tokens(1, 12), assistant_model=assistant, new_tokens=30)
+
+
+@torch.no_grad()
+def test_chunked_prefill_prefix_reuse_and_crop():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
+    ids = random_tokens(2, 60)
+    caches = []
+    for model in (reference, twin):
+        cache = None
+        for chunk in ids.split(25, dim=1):
+            out = model(chunk, past_key_values=cache)
+            cache = out.past_key_values
+        branch = copy.deepcopy(cache)
+        first = model(ids[:, :1], past_key_values=cache).logits
+        other = model(ids[:, 1:2], past_key_values=branch).logits
+        cache.crop(-11)
+        after_crop = model(ids[:, 2:3], past_key_values=cache).logits
+        caches.append((out.logits, first, other, after_crop))
+    for want, got in zip(*caches, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_dense_cache_is_imported_and_a_refused_layer_stays_dense():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="kivi", bits=8, group_size=32, residual_length=32)
+    ids = random_tokens(2, 100)
+    cache = reference(ids).past_key_values
+    want = reference(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+    out = twin(ids[:, :1], past_key_values=cache)
+    assert type(out.past_key_values.layers[0].keys) is KVTensor
+    assert relative_error(out.logits, want) < 0.05
+
+
+def test_training_is_left_alone():
+    reference, twin = compiled_copy(tiny_model("llama").requires_grad_(True), scheme="kivi")
+    ids = random_tokens(2, 10)
+    for model in (reference, twin):
+        model(ids, labels=ids).loss.backward()
+    for want, got in zip(reference.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+    with torch.no_grad():
+        cache = twin(ids).past_key_values
+    with pytest.raises(Exception, match="no gradient"):
+        twin(ids[:, :1], past_key_values=cache)
+
+
+def test_static_cache_stays_as_it_is():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="kivi")
+    assert_same_tokens(reference, twin, random_tokens(2, 10), cache_implementation="static")
+
+
+def test_inference_mode_then_no_grad():
+    reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
+    ids = random_tokens(2, 10)
+    with torch.inference_mode():
+        got = assert_same_tokens(reference, twin, ids)
+    with torch.no_grad():
+        twin(ids[:, :1], past_key_values=got.past_key_values)
+
+
+@pytest.mark.parametrize("scheme", ["kivi", "ott"])
+def test_more_bits_agree_longer(scheme):
+    """8 bits agree with full precision over a stretch that covers several groups; 2 bits hold fewer bytes."""
+    reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme, bits=8, group_size=32, residual_length=32)
+    ids, mask = left_padded(random_tokens(3, 150), [40, 0, 3])
+    with torch.no_grad():
+        want = reference(ids, attention_mask=mask).logits[:, -1]
+        cache = twin(ids[:, :-1], attention_mask=mask[:, :-1]).past_key_values
+        got = twin(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+    assert relative_error(got, want) < 0.05

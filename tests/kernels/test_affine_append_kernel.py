@@ -1,0 +1,149 @@
+"""The append kernels store what the plain-torch definition stores, call after call."""
+
+import pytest
+import torch
+from affine_world import SITE, Case, World
+
+from ottfx.kernels.affine_append import append
+from ottfx.reference import unpack_page
+from tests.tolerances import DIFFERENT_CODE_SHARE, DIFFERENT_CONSTANT_SHARE, FP16_ULP
+
+SMALL = [
+    (Case(), (70, 1, 30, 100)),
+    (Case(batch=2, kv_heads=2, key_bits=3, value_bits=3, dtype=torch.float16), (65, 40)),
+    (Case(group_size=64, key_bits=4, value_bits=8, residual_length=0, spill=0, dtype=torch.bfloat16), (130, 1, 62, 1)),
+    (Case(head_dim=80, key_bits=8, value_bits=3, value_group_size=16, replacement="group"), (33, 32, 40)),
+    (Case(head_dim=96, key_bits=3, value_bits=4, score_norm=2, mask_replaced=False, capacity=5), (120, 17)),
+    (Case(group_size=128, capacity=0, dtype=torch.float16), (63, 98, 2)),
+    (Case(scheme="kivi", value_bits=3), (31, 1, 1, 40, 1)),
+    (Case(scheme="kivi", batch=2, key_bits=3, residual_length=96, head_dim=16, dtype=torch.float16), (100, 3, 190)),
+    (Case(scheme="kivi", group_size=64, residual_length=128, value_bits=8, head_dim=80), (127, 1, 1)),
+]
+LARGE = [
+    (Case(batch=3, kv_heads=8, head_dim=128, group_size=128, spill=32, pages=40, dtype=dtype), (2000, 1, 1500, 95, 1))
+    for dtype in (torch.float16, torch.bfloat16)
+] + [
+    (
+        Case(scheme="kivi", batch=2, kv_heads=3, head_dim=256, residual_length=128, value_group_size=64, pages=20,
+             key_bits=bits, value_bits=bits, dtype=torch.bfloat16),
+        (1000, 1, 300, 27),
+    )
+    for bits in (2, 3, 4, 8)
+]  # fmt: skip
+
+
+def assert_codes_agree(got, expected, bits, rows, contraction, what):
+    got, expected = (unpack_page(words, bits, rows, contraction).int() for words in (got, expected))
+    difference = (got - expected).abs()
+    assert difference.max() <= 1, what
+    assert (difference > 0).float().mean() <= DIFFERENT_CODE_SHARE, what
+
+
+def assert_constants_agree(got, expected, what):
+    assert torch.equal(torch.signbit(got), torch.signbit(expected)), what
+    torch.testing.assert_close(got, expected, rtol=FP16_ULP, atol=1e-6, msg=what)
+    assert (got != expected).float().mean() <= DIFFERENT_CONSTANT_SHARE, what
+
+
+def assert_pools_agree(got, expected, capacity):
+    # As sets, within the seats and within the spill pool: near ties may be ordered either way.
+    for rows in (slice(0, capacity), slice(capacity, None)):
+        orders = [state["outlier_position"][..., rows].argsort(-1) for state in (got, expected)]
+        for name in ("outlier_position", "value_outlier_position", "outlier_key", "outlier_value"):
+            pair = []
+            for state, order in zip((got, expected), orders, strict=True):
+                part = state[name][:, :, rows]
+                live = state["outlier_position"][:, :, rows].gather(-1, order) >= 0
+                index = order if part.dim() == 3 else order.unsqueeze(-1).expand(part.shape)
+                shape = live if part.dim() == 3 else live.unsqueeze(-1)
+                pair.append(torch.where(shape, part.gather(2, index), 0))
+            assert torch.equal(*pair), name
+    assert torch.equal(got["spill_count"], expected["spill_count"])
+
+
+def assert_states_agree(got, expected, case):
+    pages = [("key", case.key_bits, 128, case.head_dim), ("value", case.value_bits, case.head_dim, 128)]
+    for role, bits, rows, contraction in pages:
+        assert_codes_agree(got[f"{role}_codes"], expected[f"{role}_codes"], bits, rows, contraction, role)
+        for name in (f"{role}_scale", f"{role}_zero_point"):
+            assert_constants_agree(got[name], expected[name], name)
+    assert torch.equal(got["residual_valid"], expected["residual_valid"])
+    assert torch.equal(got["value_residual"], expected["value_residual"])
+    if case.scheme == "ott":
+        assert torch.equal(got["key_residual"], expected["key_residual"])
+        assert_pools_agree(got, expected, case.capacity)
+    else:
+        # Written back: code * scale + zero_point may be one fused operation.
+        ulp = torch.finfo(case.dtype).eps
+        torch.testing.assert_close(got["key_residual"], expected["key_residual"], rtol=ulp, atol=8 * ulp)
+
+
+def check_history(case, steps, padded, device):
+    world = World(case)
+    for q_len in steps:
+        key, value, valid = world.draw(q_len, padded)
+        state = {name: tensor.to(device, copy=True) for name, tensor in world.state.items()}
+        append(
+            key.to(device), value.to(device), None if valid is None else valid.to(device),
+            world.lengths_tensor().to(device), SITE, **state, **case.append_options(),
+        )  # fmt: skip
+        world.append(key, value, valid)
+        assert_states_agree({name: tensor.cpu() for name, tensor in state.items()}, world.state, case)
+    assert world.lengths[1] > 0, "the history packs nothing"
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
+@pytest.mark.parametrize("case, steps", SMALL, ids=str)
+def test_append_stores_what_the_definition_stores(case, steps, padded, kernel_device):
+    check_history(case, steps, padded, kernel_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
+@pytest.mark.parametrize("case, steps", LARGE, ids=str)
+def test_append_of_long_prompts(case, steps, padded, kernel_device):
+    check_history(case, steps, padded, kernel_device)
+
+
+def test_non_finite_tokens_are_stored_as_finite_ones(kernel_device):
+    case = Case(scheme="kivi", dtype=torch.float16)
+    world = World(case)
+    key, value, _ = world.draw(64)
+    key[0, 0, 5, 2], key[0, 0, 6, 3], value[0, 0, 7, 4] = float("inf"), float("nan"), float("-inf")
+    state = {name: tensor.to(kernel_device, copy=True) for name, tensor in world.state.items()}
+    lengths = world.lengths_tensor().to(kernel_device)
+    append(key.to(kernel_device), value.to(kernel_device), None, lengths, SITE, **state, **case.append_options())
+    world.append(key, value, None)
+    for name in ("key_codes", "key_scale", "key_zero_point", "value_codes", "value_scale", "value_zero_point"):
+        assert torch.equal(state[name].cpu(), world.state[name]), name
+    assert state["key_scale"].isfinite().all()
+
+
+def test_a_group_without_real_tokens_has_no_scale(kernel_device):
+    case = Case()
+    world = World(case)
+    key, value, _ = world.draw(64)
+    state = {name: tensor.to(kernel_device, copy=True) for name, tensor in world.state.items()}
+    valid = torch.arange(64).expand(1, 64) >= 40
+    append(
+        key.to(kernel_device), value.to(kernel_device), valid.to(kernel_device),
+        world.lengths_tensor().to(kernel_device), SITE, **state, **case.append_options(),
+    )  # fmt: skip
+    world.append(key, value, valid)
+    assert world.lengths[1] == 32
+    assert not state["key_scale"].any() and not state["key_codes"].any() and not state["value_codes"].any()
+    assert (state["outlier_position"] == -1).all()
+    assert_states_agree({name: tensor.cpu() for name, tensor in state.items()}, world.state, case)
+
+
+def test_a_call_that_packs_nothing_changes_only_the_ring(kernel_device):
+    world = World(Case())
+    world.run((40,))
+    key, value, _ = world.draw(1)
+    state = {name: tensor.to(kernel_device, copy=True) for name, tensor in world.state.items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    lengths = world.lengths_tensor().to(kernel_device)
+    append(key.to(kernel_device), value.to(kernel_device), None, lengths, SITE, **state, **world.case.append_options())
+    changed = {name for name in state if not torch.equal(state[name], before[name])}
+    assert changed == {"key_residual", "value_residual", "residual_valid"}
+    assert torch.equal(state["key_residual"][:, :, 40].cpu(), key[:, :, 0])

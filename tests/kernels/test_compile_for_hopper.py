@@ -1,0 +1,159 @@
+"""Every kernel compiles for compute capability 9.0, on any machine, and the usual shapes fit the registers."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from pathlib import Path  # noqa: E402
+
+from ottfx.kernels.affine_attend import tile_sizes  # noqa: E402
+from ottfx.kernels.affine_combine import _combine_kernel  # noqa: E402
+from ottfx.kernels.affine_pack import _store_tokens_kernel  # noqa: E402
+from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
+from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
+from ottfx.kernels.launch import channel_chunk, next_power_of_2  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
+    # Which default it has for fused multiply-add, said once by some versions.
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
+]
+
+POINTERS = {
+    "key_codes": "i32", "value_codes": "i32", "lengths": "i64", "residual_valid": "u8", "valid": "i1",
+    "replaced": "i8", "outlier_position": "i32", "value_outlier_position": "i32", "spill_count": "i32",
+    "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
+    "partial": "fp32", "log_sum": "fp32",
+}  # fmt: skip
+
+
+def compile_kernel(kernel, constants, dtype, num_warps, mask="i1"):
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError:
+        pytest.skip("this Triton cannot compile ahead of time")
+    pointers = POINTERS | {"mask": mask}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + pointers.get(name.removesuffix("_ptr"), dtype)
+        else:
+            signature[name] = "fp32" if name == "softmax_scale" else "i32"
+        if name.endswith("_ptr") or (name.startswith("stride") and "mask" not in name):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def stack_bytes(compiled, folder):
+    """Bytes of local memory of a thread: what does not fit its registers."""
+    if not CUOBJDUMP.exists():
+        pytest.skip("this Triton has no cuobjdump")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", report).group(1))
+
+
+def attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask):
+    block_m, block_n, num_warps = tile_sizes(rows, head_dim, bits, dtype == "fp32")
+    constants = {
+        "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0],
+        "VALUE_BITS": bits[1], "GROUP": group_size, "VALUE_GROUPS": value_groups, "POOL_ROWS": 35, "MASK": mask,
+        "MASK_FLOOR": -32752.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK_M": block_m,
+        "BLOCK_N": block_n, "BLOCK_D": next_power_of_2(head_dim),
+    }  # fmt: skip
+    return constants, num_warps
+
+
+def store_constants(head_dim, bits, group_size, value_groups, traces, write_back):
+    return {
+        "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0], "VALUE_BITS": bits[1],
+        "GROUP": group_size, "VALUE_GROUPS": value_groups, "KEY_WINDOW": 32, "KEY_STEP": group_size,
+        "VALUE_WINDOW": 32, "VALUE_STEP": group_size, "HAS_VALID": True, "HAS_OUTLIERS": traces,
+        "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "CHUNK": channel_chunk(head_dim),
+        "BLOCK_HALF": next_power_of_2(head_dim // 2), "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16,
+    }  # fmt: skip
+
+
+def select_constants(head_dim, group_size, seats, spill):
+    return {
+        "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "GROUP": group_size, "WINDOW": 32,
+        "STEP": group_size, "SEATS": seats, "SPILL": spill, "BLOCK_SEATS": max(4, next_power_of_2(seats)), "NORM": 2,
+        "HAS_VALID": True, "CHUNK": channel_chunk(head_dim),
+    }  # fmt: skip
+
+
+ATTEND = [
+    ("fp16", 128, (2, 2), 128, 1, 4, 1),
+    pytest.param("bf16", 128, (2, 2), 32, 4, 4, 1, marks=pytest.mark.slow),
+    pytest.param("bf16", 128, (3, 3), 64, 1, 4, 0, marks=pytest.mark.slow),
+    pytest.param("bf16", 128, (4, 8), 128, 1, 4, 2, marks=pytest.mark.slow),
+    ("fp16", 80, (4, 8), 64, 5, 4, 2),
+    pytest.param("bf16", 256, (2, 3), 32, 1, 4, 1, marks=pytest.mark.slow),
+    pytest.param("bf16", 16, (2, 2), 32, 1, 4, 1, marks=pytest.mark.slow),
+    pytest.param("bf16", 128, (2, 2), 128, 1, 4096, 1, marks=pytest.mark.slow),
+    pytest.param("fp16", 256, (8, 4), 32, 2, 4096, 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("dtype, head_dim, bits, group_size, value_groups, rows, mask", ATTEND, ids=str)
+def test_attend_compiles_without_spills(dtype, head_dim, bits, group_size, value_groups, rows, mask, tmp_path):
+    constants, num_warps = attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask)
+    compiled = compile_kernel(_attend_kernel, constants, dtype, num_warps, mask=dtype if mask == 2 else "i1")
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim, bits, value_groups", [(96, (3, 2), 3), (128, (2, 2), 1)])
+def test_attend_compiles_in_float32(head_dim, bits, value_groups):
+    # Products outside the tensor cores take more registers than there are: it spills, and is right.
+    constants, num_warps = attend_constants(head_dim, bits, 128, value_groups, "fp32", 4, 2)
+    assert compile_kernel(_attend_kernel, constants, "fp32", num_warps, mask="fp32").asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, bits, group_size, value_groups, traces, write_back",
+    [
+        ("fp16", 128, (2, 2), 128, 1, True, False),
+        ("bf16", 80, (3, 4), 32, 5, False, True),
+        ("bf16", 128, (3, 3), 64, 4, True, False),
+        pytest.param("fp32", 256, (3, 8), 32, 1, False, True, marks=pytest.mark.slow),
+        pytest.param("fp16", 16, (8, 3), 128, 1, True, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_append_compiles_without_spills(
+    dtype, head_dim, bits, group_size, value_groups, traces, write_back, tmp_path
+):
+    constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back)
+    compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, group_size, seats, spill",
+    [
+        ("bf16", 128, 128, 3, 32),
+        pytest.param("fp32", 80, 32, 8, 0, marks=pytest.mark.slow),
+        pytest.param("fp16", 256, 128, 32, 64, marks=pytest.mark.slow),
+    ],
+)
+def test_selection_compiles(dtype, head_dim, group_size, seats, spill):
+    constants = select_constants(head_dim, group_size, seats, spill)
+    assert compile_kernel(_select_outliers_kernel, constants, dtype, 4).asm["cubin"]
+
+
+def test_combination_compiles_without_spills(tmp_path):
+    constants = {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}
+    assert stack_bytes(compile_kernel(_combine_kernel, constants, "bf16", 4), tmp_path) == 0

@@ -1,0 +1,150 @@
+"""The launchers trace with symbolic sizes, add no guards, and mutate what the operators declare; no GPU is needed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+triton = pytest.importorskip("triton")
+
+from torch._dynamo.source import ConstantSource  # noqa: E402
+from torch._higher_order_ops import triton_kernel_wrap  # noqa: E402
+
+from ottfx.kernels.affine_append import append  # noqa: E402
+from ottfx.kernels.affine_attend import attend  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),
+]
+KV_HEADS, HEADS, HEAD_DIM, SEATS, SPILL, RING = 8, 32, 128, 3, 32, 160
+KEY_STATE = ("key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid")
+VALUE_STATE = ("value_codes", "value_scale", "value_zero_point", "value_residual")
+POOL = ("outlier_key", "outlier_position", "outlier_value", "value_outlier_position")
+NOT_READ = ("residual_valid", "value_outlier_position", "spill_count")
+OTT = {
+    "group_size": 128, "key_window": 32, "key_step": 128, "value_window": 32, "value_step": 128,
+    "outlier_capacity": SEATS,
+}  # fmt: skip
+KIVI = {"group_size": 32, "key_window": 0, "key_step": RING, "value_window": RING, "value_step": 1}
+
+
+class Trace:
+    """Both launchers as one graph over fake CUDA tensors; the batch is symbolic, the number of pages unbacked."""
+
+    def __init__(self, options, q_len=None):
+        self.shapes = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
+        self.options = options
+        with self.mode:
+            self.batch = self.symbol("batch", 5)
+            self.q_len = self.symbol("q_len", 37) if q_len is None else q_len
+            with self.shapes.ignore_fresh_unbacked_symbols():
+                self.pages = self.shapes.create_unbacked_symint()
+            torch._check(self.pages > 0)
+            heads_last = [
+                self.empty(self.q_len, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS, KV_HEADS)
+            ]
+            mask = self.empty(1, self.q_len, self.q_len + 1000, dtype=torch.bool)
+            valid = self.empty(self.q_len, dtype=torch.bool)
+            lengths = torch.empty(4, 3, dtype=torch.int64, device="cuda")
+            state = self.state()
+            self.graph = make_fx(self.call_with(options), tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *heads_last, mask, valid, lengths, state
+            )
+
+    def symbol(self, name, hint):
+        expression = self.shapes.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        return self.shapes.create_symintnode(expression, hint=hint)
+
+    def empty(self, *shape, dtype=torch.float16):
+        return torch.empty((self.batch, *shape), dtype=dtype, device="cuda")
+
+    def state(self):
+        groups = 128 // self.options["group_size"]
+        state = {
+            "residual_valid": self.empty(RING, dtype=torch.uint8),
+            "spill_count": self.empty(KV_HEADS, dtype=torch.int32),
+        }
+        for role, constants in (("key", (groups, HEAD_DIM)), ("value", (1, 128))):
+            state[f"{role}_codes"] = self.empty(KV_HEADS, self.pages, 4 * HEAD_DIM * 2, dtype=torch.int32)
+            state[f"{role}_scale"] = self.empty(KV_HEADS, self.pages, *constants)
+            state[f"{role}_zero_point"] = self.empty(KV_HEADS, self.pages, *constants)
+            state[f"{role}_residual"] = self.empty(KV_HEADS, RING, HEAD_DIM)
+            state[f"outlier_{role}"] = self.empty(KV_HEADS, SEATS + SPILL, HEAD_DIM)
+        for name in ("outlier_position", "value_outlier_position"):
+            state[name] = self.empty(KV_HEADS, SEATS + SPILL, dtype=torch.int32)
+        return state
+
+    @staticmethod
+    def call_with(options):
+        def call(query, key, value, mask, valid, lengths, state):
+            read = {name: tensor for name, tensor in state.items() if name not in NOT_READ}
+            output = attend(query, key, value, mask, lengths, 2, 0.1, **read, key_bits=2, value_bits=2)
+            append(key, value, valid, lengths, 2, **state, **options, key_bits=2, value_bits=2)
+            return output
+
+        return call
+
+    def launches(self):
+        return [
+            node for node in self.graph.graph.nodes if node.target is triton_kernel_wrap.triton_kernel_wrapper_mutation
+        ]
+
+    def mutated(self, node):
+        arguments = {
+            name: argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
+            for name, argument in node.kwargs["kwargs"].items()
+        }
+        with self.mode, hopper():
+            names = triton_kernel_wrap.get_mutated_tensors(
+                node.kwargs["kernel_idx"], node.kwargs["constant_args_idx"], arguments,
+                node.kwargs["tma_descriptor_metadata"],
+            )  # fmt: skip
+        return {name.removesuffix("_ptr") for name in names}
+
+
+@contextmanager
+def hopper() -> Iterator[None]:
+    """A driver that says there is a GPU, for the front end of the compiler; the real one, if there is one."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_active_torch_device(self):
+            return torch.device("cuda", 0)
+
+    # `reset_active` would look for a real driver.
+    with mock.patch.object(triton.runtime.driver, "_active", Driver()):
+        yield
+
+
+@pytest.mark.parametrize("q_len", [1, None], ids=["decode", "chunk"])
+@pytest.mark.parametrize("options", [OTT, KIVI], ids=["ott", "kivi"])
+def test_launchers_trace_without_guards(options, q_len):
+    trace = Trace(options, q_len)
+    # Two to attend. To append: the selection of outliers, and one or two stores, as the ring allows.
+    appends = {"ott": {1: 2, None: 3}, "kivi": {1: 2, None: 2}}["ott" if options is OTT else "kivi"][q_len]
+    assert len(trace.launches()) == 2 + appends
+    assert trace.shapes.guards == []
+
+
+def test_kernels_mutate_what_the_operators_declare():
+    trace = Trace(OTT)
+    names = [trace.mutated(node) for node in trace.launches()]
+    stored = {*KEY_STATE, *VALUE_STATE}
+    assert names == [{"partial", "log_sum"}, {"output"}, {*POOL, "spill_count", "replaced"}, stored, stored]

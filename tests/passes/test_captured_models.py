@@ -1,0 +1,74 @@
+"""Graphs that Dynamo captures from unmodified transformers models: every full-attention layer is rewritten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lossless_scheme import LOSSLESS
+from rewritten import Recorder, count, rewrite_and_compare
+from tiny_models import FAMILIES, random_tokens, tiny_model
+from transformers import DynamicCache
+
+from ottfx.passes.cache_read import SLIDING
+from ottfx.passes.spellings import ATTENTION
+from ottfx.report import Report
+
+SLIDING_LAYERS = {"mistral-sliding": [0], "gemma3": [0]}
+
+
+def prompt_and_step(model, padded: bool):
+    """The graphs of a prompt of 7 tokens and of one more token, batch 3, with what they were called with."""
+    recorder = Recorder()
+    tokens, cache = random_tokens(3, 8), DynamicCache(config=model.config)
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, :2] = 0
+    masks = ({"attention_mask": mask[:, :7]}, {"attention_mask": mask}) if padded else ({}, {})
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        call = torch.compile(model, backend=recorder, dynamic=True, fullgraph=True)
+        call(input_ids=tokens[:, :7], past_key_values=cache, use_cache=True, **masks[0])
+        call(input_ids=tokens[:, 7:], past_key_values=cache, use_cache=True, **masks[1])
+    prompt, step = recorder.graphs
+    return prompt, step
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_full_attention_layer(family, padded):
+    layers = 2 if family == "gemma3" else 1
+    model = tiny_model(family, num_hidden_layers=layers)
+    report = Report()
+    for kind, captured in zip(("prompt", "continue"), prompt_and_step(model, padded), strict=True):
+        result = rewrite_and_compare(captured)
+        sliding = SLIDING_LAYERS.get(family, [])
+        assert [refusal.index for refusal in result.refusals] == sliding
+        assert all(refusal.reason == SLIDING for refusal in result.refusals)
+        full = [index for index in range(layers) if index not in sliding]
+        assert [binding.site.index for binding in result.bindings] == full
+        assert all(binding.site.kind == kind for binding in result.bindings)
+        assert all(str(binding.site.index) in binding.site.name.split(".") for binding in result.bindings)
+        assert count(result.gm, LOSSLESS.append_op) == len(full)
+        assert count(result.gm, LOSSLESS.attend_op) == (len(full) if kind == "continue" else 0)
+        dense = sum(node in ATTENTION for node in result.gm.graph.nodes)
+        assert dense == len(sliding) + (len(full) if kind == "prompt" else 0)
+        assert len(result.cache_outputs) == 2 * len(full)
+        report.add_graph(result)
+    assert [site.kinds for site in report.sites] == [("prompt", "continue")] * len(full)
+
+
+def test_all_layers_are_named_and_numbered_alike_in_both_graphs():
+    model = tiny_model("qwen3", num_hidden_layers=3)
+    names = []
+    for captured in prompt_and_step(model, padded=True):
+        result = rewrite_and_compare(captured)
+        names.append([(binding.site.index, binding.site.name) for binding in result.bindings])
+    assert names[0] == names[1] == [(i, f"model.layers.{i}.self_attn") for i in range(3)]
+
+
+def test_attention_that_is_no_sdpa_is_refused():
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.set_attn_implementation("eager")
+    for captured in prompt_and_step(model, padded=False):
+        (refusal,) = rewrite_and_compare(captured).refusals
+        assert refusal.name == "model.layers.0.self_attn"
+        assert "attn_implementation='sdpa'" in refusal.reason
