@@ -136,6 +136,8 @@ def _attend_kernel(
     POOL_ROWS: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes a Python float as fp64.
+    softmax_scale = tl.cast(softmax_scale, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     batch = pair // NUM_KV_HEADS
@@ -190,8 +192,15 @@ def _attend_kernel(
             )  # fmt: skip
             scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
             scores = _masked_scores(
-                scores, mask_row_ptr, stride_mask_token, token, stored & (mark >= 0), live_rows, softmax_scale,
-                MASK, MASK_FLOOR,
+                scores,
+                mask_row_ptr,
+                stride_mask_token,
+                token,
+                stored & (mark >= 0),
+                live_rows,
+                softmax_scale,
+                MASK,
+                MASK_FLOOR,
             )
             value = _load_values(
                 value_codes_ptr + slot * (4 * HEAD_DIM * VALUE_BITS),

@@ -30,9 +30,7 @@ def load_tokens(
 
 
 @triton.jit
-def load_real(
-    valid_ptr, ring_valid_ptr, token, past, live, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr
-):
+def load_real(valid_ptr, ring_valid_ptr, token, past, live, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr):
     """Which of `token` [N] are real and not padding, bool; the pointers are those of this sequence."""
     real = tl.load(ring_valid_ptr + token % CAPACITY, mask=live & (token < past), other=0) != 0
     if HAS_VALID:

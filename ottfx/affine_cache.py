@@ -7,7 +7,8 @@ number of pages: positions are device tensors, and sizes follow from q_len alone
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,13 +55,8 @@ class Due(NamedTuple):
     start: Tensor
     stop: Tensor
     bound: int
-    step: int
-
-    def pages(self, capacity: int) -> Tensor:
-        """Return int64 indices of the pages that the range can touch. The last page may repeat."""
-        count = (self.bound + 2 * PAGE - 1 - math.gcd(self.step, PAGE)) // PAGE
-        first = torch.div(self.start, PAGE, rounding_mode="floor")
-        return (first + torch.arange(count, device=self.start.device)).clamp(max=capacity - 1)
+    pages: Tensor
+    """int64 indices of the pages that the range can touch; the last may repeat."""
 
     def offsets(self) -> Tensor:
         """Return int64 [bound], positions of the range's tokens; those from `stop` on are not due."""
@@ -71,28 +67,34 @@ class Due(NamedTuple):
         is_due = (position >= self.start) & (position < self.stop)
         return is_due, (position - self.start).clamp(0, self.bound - 1)
 
-
-def due_range(past: Tensor, packed: Tensor, q_len: int, window: int, step: int) -> Due:
-    """Return what becomes due when `q_len` tokens follow `past`, of which `packed` are codes already."""
-    bound = ((q_len + step - 1) // step) * step
-    return Due(packed, packed_after(past + q_len, packed, window, step), bound, step)
+    def locate_in_pages(self, spacing: int) -> tuple[Tensor, Tensor]:
+        """`locate` every `spacing`-th token of the pages: [pages, PAGE / spacing]."""
+        return self.locate((self.pages * PAGE).unsqueeze(-1) + torch.arange(0, PAGE, spacing, device=self.pages.device))
 
 
-def gather_window(ring: Tensor, new: Tensor, past: Tensor, position: Tensor) -> Tensor:
-    """Take tokens by absolute position: from the ring before `past`, from the new tokens after.
+def due_range(past: Tensor, packed: Tensor, q_len: int, window: int, step: int, capacity: int) -> Due:
+    """Return what becomes due when `q_len` tokens follow `past`, of which `packed` are codes already.
 
-    Args:
-        ring: [batch, heads, ring rows, head_dim].
-        new: [batch, heads, q_len, head_dim].
-        past: int64 scalar.
-        position: int64 [tokens]; what lies past the new tokens yields some token.
-
-    Returns:
-        [batch, heads, tokens, head_dim].
+    `capacity` counts the pages of the storage. Both bounds, on tokens and on pages, follow from `q_len` alone.
     """
-    rows = ring.shape[2]
-    index = torch.where(position < past, torch.remainder(position, rows), rows + position - past)
-    return torch.cat([ring, new], dim=2).index_select(2, index.clamp(max=rows + new.shape[2] - 1))
+    bound = ((q_len + step - 1) // step) * step
+    count = (bound + 2 * PAGE - 1 - math.gcd(step, PAGE)) // PAGE
+    first = torch.div(packed, PAGE, rounding_mode="floor")
+    pages = (first + torch.arange(count, device=past.device)).clamp(max=capacity - 1)
+    return Due(packed, packed_after(past + q_len, packed, window, step), bound, pages)
+
+
+def window_index(position: Tensor, past: Tensor, ring_rows: int, q_len: int) -> Tensor:
+    """Locate absolute positions int64 [tokens] in the ring rows followed by the new tokens.
+
+    `past` is the int64 scalar count of tokens before the new ones. What lies past the new tokens yields some token.
+    """
+    index = torch.where(position < past, torch.remainder(position, ring_rows), ring_rows + position - past)
+    return index.clamp(max=ring_rows + q_len - 1)
+
+
+def _gather(ring: Tensor, new: Tensor, index: Tensor, dim: int = 2) -> Tensor:
+    return torch.cat([ring, new], dim=dim).index_select(dim, index)
 
 
 def _merge_pages(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor) -> None:
@@ -123,17 +125,15 @@ def write_keys(
         key_zero_point: see `key_codes`.
     """
     batch, heads, _, head_dim = codes.shape
-    pages = due.pages(key_codes.shape[2])
-    start = (pages * PAGE).unsqueeze(-1)
-    is_due, offset = due.locate(start + torch.arange(PAGE, device=pages.device))
+    is_due, offset = due.locate_in_pages(1)
     fresh = codes.index_select(2, offset.reshape(-1)).reshape(batch, heads, -1, PAGE, head_dim)
-    _merge_codes(key_codes, pages, is_due.unsqueeze(-1), fresh, bits)
+    _merge_codes(key_codes, due.pages, is_due.unsqueeze(-1), fresh, bits)
 
-    is_due, offset = due.locate(start + torch.arange(0, PAGE, group_size, device=pages.device))
+    is_due, offset = due.locate_in_pages(group_size)
     group = torch.div(offset, group_size, rounding_mode="floor").reshape(-1)
     for storage, fresh in ((key_scale, scale), (key_zero_point, zero_point)):
         paged = fresh.index_select(2, group).reshape(batch, heads, -1, PAGE // group_size, head_dim)
-        _merge_pages(storage, pages, is_due.unsqueeze(-1), paged)
+        _merge_pages(storage, due.pages, is_due.unsqueeze(-1), paged)
 
 
 def write_values(
@@ -153,33 +153,16 @@ def write_values(
         value_zero_point: see `value_codes`.
     """
     batch, heads = codes.shape[:2]
-    pages = due.pages(value_codes.shape[2])
-    is_due, offset = due.locate((pages * PAGE).unsqueeze(-1) + torch.arange(PAGE, device=pages.device))
+    is_due, offset = due.locate_in_pages(1)
     is_due, offset = is_due.unsqueeze(1), offset.reshape(-1)
 
     def paged(fresh: Tensor) -> Tensor:
         rows = fresh.index_select(2, offset).reshape(batch, heads, -1, PAGE, fresh.shape[-1])
         return rows.transpose(-1, -2)
 
-    _merge_codes(value_codes, pages, is_due, paged(codes), bits)
-    _merge_pages(value_scale, pages, is_due, paged(scale))
-    _merge_pages(value_zero_point, pages, is_due, paged(zero_point))
-
-
-def _quantize_keys(
-    key: Tensor, kept: Tensor, mean_of: Tensor, in_range: Tensor, group_size: int, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = make_finite(key).unflatten(2, (-1, group_size))
-    mean = _group_mean(grouped, mean_of.unflatten(2, (-1, group_size)))
-    rows = torch.where(kept.unflatten(2, (-1, group_size)).unsqueeze(-1), grouped, mean)
-    taking_part = in_range.unflatten(2, (-1, group_size)).unsqueeze(-1)
-    codes, scale, zero_point = quantize_affine(rows, bits, dim=3, taking_part=taking_part)
-    return codes.flatten(2, 3), scale, zero_point
-
-
-def _group_mean(grouped: Tensor, members: Tensor) -> Tensor:
-    total = torch.where(members.unsqueeze(-1), grouped, 0.0).sum(3, keepdim=True)
-    return total / members.sum(3, keepdim=True).clamp(min=1).unsqueeze(-1)
+    _merge_codes(value_codes, due.pages, is_due, paged(codes), bits)
+    _merge_pages(value_scale, due.pages, is_due, paged(scale))
+    _merge_pages(value_zero_point, due.pages, is_due, paged(zero_point))
 
 
 def append(
@@ -253,21 +236,28 @@ def append(
     past, key_packed, value_packed = lengths[site].unbind()
     if valid is None:
         valid = torch.ones(batch, q_len, dtype=torch.bool, device=key.device)
-    due_keys = due_range(past, key_packed, q_len, key_window, key_step)
-    due_values = due_range(past, value_packed, q_len, value_window, value_step)
-    validity = residual_valid.unsqueeze(1).unsqueeze(-1)
-    new_validity = valid.to(residual_valid.dtype).unsqueeze(1).unsqueeze(-1)
-
-    window_key = gather_window(key_residual, key, past, due_keys.offsets())
-    window_value = gather_window(value_residual, value, past, due_values.offsets())
-    real_keys = gather_window(validity, new_validity, past, due_keys.offsets()).squeeze(-1) != 0
-    real_values = gather_window(validity, new_validity, past, due_values.offsets()).squeeze(-1) != 0
-    groups = ((q_len + key_step - 1) // key_step) * (key_step // group_size)
+    valid = valid.to(residual_valid.dtype)
+    ring_rows, capacity = key_residual.shape[2], key_codes.shape[2]
+    due_keys = due_range(past, key_packed, q_len, key_window, key_step, capacity)
+    key_index = window_index(due_keys.offsets(), past, ring_rows, q_len)
+    real_keys = _gather(residual_valid, valid, key_index, dim=1).unsqueeze(1) != 0
+    together = (key_window, key_step) == (value_window, value_step)
+    if together:
+        due_values, value_index, real_values = due_keys, key_index, real_keys
+    else:
+        due_values = due_range(past, value_packed, q_len, value_window, value_step, capacity)
+        value_index = window_index(due_values.offsets(), past, ring_rows, q_len)
+        real_values = _gather(residual_valid, valid, value_index, dim=1).unsqueeze(1) != 0
+    window_key = _gather(key_residual, key, key_index)
+    window_value = _gather(value_residual, value, value_index)
 
     kept = mean_of = in_range = real_keys
-    value_rows, marked, update = make_finite(window_value), None, None
-    if outlier_capacity and outlier_key is not None:
-        # Keys and values become due together here, so one window serves both.
+    value_rows, marked = make_finite(window_value), None
+    pool_updates: list[tuple[Tensor, Tensor]] = []
+    if outlier_capacity:
+        assert outlier_key is not None and outlier_value is not None and spill_count is not None
+        assert outlier_position is not None and value_outlier_position is not None
+        groups = ((q_len + key_step - 1) // key_step) * (key_step // group_size)
         group_end = due_keys.start + group_size * torch.arange(1, groups + 1, device=key.device)
         update = trace_outliers(
             window_key, window_value, real_keys.squeeze(1), group_end <= due_keys.stop, due_keys.start,
@@ -276,41 +266,96 @@ def append(
         )  # fmt: skip
         kept = real_keys & ~update.is_outlier
         mean_of, in_range = (kept, kept) if replacement == "rest" else (real_keys, real_keys)
-        grouped = value_rows.unflatten(2, (-1, group_size))
-        mean = _group_mean(grouped, mean_of.expand_as(kept).unflatten(2, (-1, group_size)))
-        kept_rows = kept.unflatten(2, (-1, group_size)).unsqueeze(-1)
-        value_rows = torch.where(kept_rows, grouped, mean).flatten(2, 3)
+        value_rows = _replace_rows(value_rows, kept, mean_of, group_size)
         marked = update.is_outlier if mask_replaced else None
+        pool_updates = [
+            (outlier_key, update.key),
+            (outlier_value, update.value),
+            (outlier_position, update.position),
+            (value_outlier_position, update.position),
+            (spill_count, update.spill_count),
+        ]
 
-    coded_keys = _quantize_keys(window_key, kept, mean_of, in_range, group_size, key_bits)
+    key_rows = _replace_rows(make_finite(window_key), kept, mean_of, group_size)
+    coded_keys = quantize_affine(
+        key_rows.unflatten(2, (-1, group_size)), key_bits, dim=3,
+        taking_part=in_range.unflatten(2, (-1, group_size)).unsqueeze(-1),
+    )  # fmt: skip
+    # A group of zeros has scale, zero point and codes 0, as a group without a member taking part must.
+    value_rows = torch.where(real_values.unsqueeze(-1), value_rows, 0.0)
     value_groups = value_scale.shape[3]
-    codes, scale, zero_point = quantize_affine(
-        value_rows.unflatten(-1, (value_groups, -1)), value_bits, taking_part=real_values.unsqueeze(-1).unsqueeze(-1)
-    )
+    value_codes_due, scale, zero_point = quantize_affine(value_rows.unflatten(-1, (value_groups, -1)), value_bits)
     if marked is not None:
         first_group = torch.arange(value_groups, device=key.device) == 0
         scale = torch.where(marked.unsqueeze(-1) & first_group, -scale, scale)
 
-    held = ring_positions(past + q_len, key_residual.shape[2])
+    held = ring_positions(past + q_len, ring_rows)
     is_new, newest = held >= past, (held - past).clamp(0, q_len - 1)
     new_ring = torch.where(is_new.unsqueeze(-1), key.index_select(2, newest), key_residual)
-    if (key_window, key_step) != (value_window, value_step):
+    if not together:
         is_due, offset = due_keys.locate(held)
-        decoded = _dequantize_keys(*coded_keys, group_size).index_select(2, offset).to(key_residual.dtype)
-        new_ring = torch.where((is_due & (held >= due_values.stop)).unsqueeze(-1), decoded, new_ring)
+        decoded = dequantize_affine(*coded_keys, dim=3).flatten(2, 3).index_select(2, offset)
+        written_back = (is_due & (held >= due_values.stop)).unsqueeze(-1)
+        new_ring = torch.where(written_back, decoded.to(key_residual.dtype), new_ring)
 
-    write_keys(*coded_keys, due_keys, group_size, key_bits, key_codes, key_scale, key_zero_point)
-    write_values(codes.flatten(-2), scale, zero_point, due_values, value_bits, value_codes, value_scale, value_zero_point)
+    codes, key_scale_due, key_zero_point_due = coded_keys
+    write_keys(
+        codes.flatten(2, 3), key_scale_due, key_zero_point_due, due_keys, group_size, key_bits,
+        key_codes, key_scale, key_zero_point,
+    )  # fmt: skip
+    write_values(
+        value_codes_due.flatten(-2), scale, zero_point, due_values, value_bits,
+        value_codes, value_scale, value_zero_point,
+    )  # fmt: skip
     key_residual.copy_(new_ring)
     value_residual.copy_(torch.where(is_new.unsqueeze(-1), value.index_select(2, newest), value_residual))
-    residual_valid.copy_(torch.where(is_new, valid.index_select(1, newest).to(residual_valid.dtype), residual_valid))
-    if update is not None:
-        outlier_key.copy_(update.key)
-        outlier_value.copy_(update.value)
-        outlier_position.copy_(update.position)
-        value_outlier_position.copy_(update.position)
-        spill_count.copy_(update.spill_count)
+    residual_valid.copy_(torch.where(is_new, valid.index_select(1, newest), residual_valid))
+    for storage, contents in pool_updates:
+        storage.copy_(contents)
 
 
-def _dequantize_keys(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
-    return dequantize_affine(codes.unflatten(2, (-1, group_size)), scale, zero_point, dim=3).flatten(2, 3)
+def _replace_rows(rows: Tensor, kept: Tensor, mean_of: Tensor, group_size: int) -> Tensor:
+    # rows [batch, heads, tokens, head_dim]: those not kept become the mean of their group's `mean_of`, or 0.
+    grouped = rows.unflatten(2, (-1, group_size))
+    members = mean_of.unflatten(2, (-1, group_size)).unsqueeze(-1)
+    total = torch.where(members, grouped, 0.0).sum(3, keepdim=True)
+    mean = total / members.sum(3, keepdim=True).clamp(min=1)
+    return torch.where(kept.unflatten(2, (-1, group_size)).unsqueeze(-1), grouped, mean).flatten(2, 3)
+
+
+def anything_due(lengths: Tensor, site: int, q_len: int, options: Mapping[str, Any]) -> bool:
+    """Whether an append of `q_len` tokens packs anything. Reads `lengths`, so only where the host may wait for it.
+
+    Args:
+        lengths: int64 [sites, 3].
+        site: row of `lengths`.
+        q_len: new tokens.
+        options: keyword operands of `append`; the schedule is read.
+    """
+    past, key_packed, value_packed = lengths[site].tolist()
+    return any(
+        (past + q_len - options[f"{role}_window"]) // options[f"{role}_step"] * options[f"{role}_step"] > packed
+        for role, packed in (("key", key_packed), ("value", value_packed))
+    )
+
+
+def append_to_ring(
+    key: Tensor, value: Tensor, valid: Tensor | None, lengths: Tensor, site: int, state: Mapping[str, Any]
+) -> None:
+    """`append` of tokens that make nothing due: they go to the ring, nothing else changes.
+
+    Args:
+        key: [batch, heads, q_len, head_dim]; `value` alike.
+        value: see `key`.
+        valid: bool [batch, q_len], False for padding, or None.
+        lengths: int64 [sites, 3].
+        site: row of `lengths`.
+        state: keyword operands of `append`; the ring is written.
+    """
+    row = (lengths[site, 0] + torch.arange(key.shape[2], device=key.device)) % state["key_residual"].shape[2]
+    state["key_residual"].index_copy_(2, row, key)
+    state["value_residual"].index_copy_(2, row, value)
+    if valid is None:
+        state["residual_valid"].index_fill_(1, row, 1)
+    else:
+        state["residual_valid"].index_copy_(1, row, valid.to(torch.uint8))

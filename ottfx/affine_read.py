@@ -128,16 +128,25 @@ def attend(
     ring = ring_positions(past, key_residual.shape[2])
     in_ring = (ring >= packed).unsqueeze(-1)
     not_marked = ~torch.signbit(scale[:, :, :, 0]).flatten(2, 3)
-    coded = [storage.index_select(2, pages) for storage in (key_codes, key_scale, key_zero_point)]
-    keys = [read_key_pages(*coded, key_bits), torch.where(in_ring, key_residual.float(), 0.0), key.float()]
-    coded = [value_codes.index_select(2, pages), scale, value_zero_point.index_select(2, pages)]
-    values = [read_value_pages(*coded, value_bits), torch.where(in_ring, value_residual.float(), 0.0), value.float()]
+    coded_keys = read_key_pages(
+        key_codes.index_select(2, pages),
+        key_scale.index_select(2, pages),
+        key_zero_point.index_select(2, pages),
+        key_bits,
+    )
+    coded_values = read_value_pages(
+        value_codes.index_select(2, pages), scale, value_zero_point.index_select(2, pages), value_bits
+    )
+    keys = [coded_keys, torch.where(in_ring, key_residual.float(), 0.0), key.float()]
+    values = [coded_values, torch.where(in_ring, value_residual.float(), 0.0), value.float()]
     visible = [
         not_marked & (slot < packed),
         in_ring.squeeze(-1).expand(batch, num_kv_heads, -1),
         torch.ones(batch, num_kv_heads, q_len, dtype=torch.bool, device=device),
     ]
-    if outlier_position is not None and outlier_position.shape[2]:
+    has_pool = outlier_position is not None and outlier_position.shape[2] > 0
+    if has_pool:
+        assert outlier_key is not None and outlier_position is not None and outlier_value is not None
         in_pool = (outlier_position >= 0) & (outlier_position < past)
         keys.append(torch.where(in_pool.unsqueeze(-1), outlier_key.float(), 0.0))
         values.append(torch.where(in_pool.unsqueeze(-1), outlier_value.float(), 0.0))
@@ -155,7 +164,8 @@ def attend(
             bias.index_select(-1, ring.clamp(0, columns - 1)),
             bias.narrow(-1, columns - q_len, q_len),
         ]
-        if len(keys) > 3:
+        if has_pool:
+            assert outlier_position is not None
             by_head = bias.expand(batch, num_kv_heads, -1, -1, -1)
             position = outlier_position.long().clamp(min=0).unsqueeze(2).unsqueeze(2)
             pool_bias = by_head.gather(-1, position.expand(-1, -1, by_head.shape[2], by_head.shape[3], -1))
@@ -170,9 +180,7 @@ def attend(
     return result.reshape(query.shape).to(query.dtype)
 
 
-def read_tokens(
-    role: Role, state: Mapping[str, Tensor], bits: int, packed: int, start: int, stop: int
-) -> Tensor:
+def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int, start: int, stop: int) -> Tensor:
     """Return the tokens `start .. stop - 1` of one half, dense and in logical dtype.
 
     Args:
@@ -189,9 +197,13 @@ def read_tokens(
     residual = state[f"{role}_residual"]
     first_page = start // PAGE
     count = -(-stop // PAGE) - first_page
-    pages = [state[f"{role}_{name}"].narrow(2, first_page, count) for name in ("codes", "scale", "zero_point")]
+    codes, scale, zero_point = (
+        state[f"{role}_{name}"].narrow(2, first_page, count) for name in ("codes", "scale", "zero_point")
+    )
     read_pages = read_key_pages if role == "key" else read_value_pages
-    coded = read_pages(*pages, bits).narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)
+    coded = (
+        read_pages(codes, scale, zero_point, bits).narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)
+    )
     position = torch.arange(start, stop, device=coded.device)
     ring = residual.index_select(2, torch.remainder(position, residual.shape[2]))
     dense = torch.where((position >= packed).unsqueeze(-1), ring, coded)

@@ -113,9 +113,7 @@ def explain(
     return report
 
 
-def _compile_call(
-    model: nn.Module, settings: Settings, *, dynamic: bool | None, fullgraph: bool
-) -> Callable[..., Any]:
+def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None, fullgraph: bool) -> Callable[..., Any]:
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, settings)
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from ottfx.graph_compiler import compile_graph
 from ottfx.settings import make_settings
 
+
 def ott(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -34,8 +35,8 @@ def _tell_who_compiled_nothing() -> None:
     """`torch.compile(model).generate()` runs the uncompiled model: the one mistake that no call of ours can see."""
     if _graphs == 0:
         print(
-            "ottfx: backend 'ott' was asked for, but no graph ever reached it. torch.compile(model, backend='ott').generate() runs the "
-            "uncompiled model: use ottfx.compile(model), model.compile(backend='ott') or "
-            "model.forward = torch.compile(model.forward, backend='ott').",
+            "ottfx: backend 'ott' was asked for, but no graph ever reached it. "
+            "torch.compile(model, backend='ott').generate() runs the uncompiled model: use ottfx.compile(model), "
+            "model.compile(backend='ott') or model.forward = torch.compile(model.forward, backend='ott').",
             file=sys.stderr,
         )

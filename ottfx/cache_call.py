@@ -57,9 +57,9 @@ class _Cache:
 class CacheCall:
     """Callable with the arguments and results of the graph that Dynamo captured.
 
-    Before the graph: opens each site's halves for appending (copying a branch, forgetting what was cropped, packing what eager code
-    appended, importing a dense cache), makes room, and writes all lengths to the device in one copy. After it: wraps the halves in
-    `KVTensor`s where the graph used to return dense tensors.
+    Before the graph: opens each site's halves for appending (copying a branch, forgetting what was cropped, packing
+    what eager code appended, importing a dense cache), makes room, and writes all lengths to the device in one copy. After
+    it: wraps the halves in `KVTensor`s where the graph used to return dense tensors.
 
     Args:
         inner: the compiled rewritten graph.
@@ -88,6 +88,7 @@ class CacheCall:
         self._cache_outputs = [(i, row, ROLES.index(role)) for i, (row, role) in cache_outputs.items()]
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        """Run the graph on Dynamo's arguments."""
         caches = [_open(site, args) for site in self._sites]
         _make_room(self._sites, caches)
         lengths = self._lengths(caches)

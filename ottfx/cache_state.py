@@ -102,7 +102,7 @@ class CacheHalf:
                 self.tensors[name] = new
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> CacheHalf:
-        """Return a copy whose every tensor is `function` of this one's; `function` may change the batch axis or device."""
+        """Return a copy whose every tensor is `function` of this one's; it may change the batch axis or the device."""
         with torch.inference_mode(False):
             tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
         first = next(iter(tensors.values()))

@@ -24,6 +24,7 @@ app = typer.Typer(
     name="ottfx",
     help="A PyTorch compiler pass that stores the KV cache of unmodified transformers in 2 bits.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console()

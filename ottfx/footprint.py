@@ -35,7 +35,7 @@ def memory_footprint(cache: Any) -> MemoryFootprint:
     """Count the bytes that a cache holds.
 
     Args:
-        cache: a transformers cache, or any nesting of tuples, lists and dicts of key and value tensors, one entry a layer.
+        cache: a transformers cache, or a sequence with one nesting of tuples, lists or dicts of tensors a layer.
 
     Raises:
         CacheError: the cache holds no tensor.

@@ -16,6 +16,7 @@ from ottfx.attention_site import AttentionSite, Binding, Refusal
 from ottfx.cache_call import CacheCall, SiteCall, StateInput
 from ottfx.errors import CacheError
 from ottfx.kv_tensor import KVTensor
+from ottfx.ops import outlined
 from ottfx.pipeline import RewriteResult, rewrite_graph
 from ottfx.registry import get_scheme
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
@@ -23,6 +24,7 @@ from ottfx.settings import Settings
 from ottfx.size_reader import SizeReader
 
 log = logging.getLogger("ottfx")
+
 
 def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
     """Return a callable with `gm`'s arguments and results whose caches are `KVTensor`s.
@@ -46,7 +48,9 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     if settings.on_graph is not None:
         settings.on_graph(result)
     for refusal in result.refusals:
-        log.warning("ottfx: attention %d (%s) keeps its full-precision cache: %s", refusal.index, refusal.name, refusal.reason)
+        log.warning(
+            "ottfx: attention %d (%s) keeps its full-precision cache: %s", refusal.index, refusal.name, refusal.reason
+        )
     if not result.bindings:
         return _lower(gm, example_inputs, settings)
     return door.finish(result)
@@ -80,7 +84,9 @@ class _DynamoDoor:
         self._settings = settings
         self._placeholders = gm.graph.find_nodes(op="placeholder")
         # Dynamo hands over real sizes for some inputs; its graph has the symbolic ones.
-        self._examples = {node: node.meta.get("example_value", x) for node, x in zip(self._placeholders, example_inputs, strict=True)}
+        self._examples = {
+            node: node.meta.get("example_value", x) for node, x in zip(self._placeholders, example_inputs, strict=True)
+        }
         self._sizes = SizeReader(list(self._examples.values()))
         self._num_outputs = len(gm.graph.output_node().args[0])
         self._last_placeholder = self._placeholders[-1]
@@ -99,7 +105,9 @@ class _DynamoDoor:
         if site.past_key is not None:
             stored = [getattr(self._examples.get(past), "config", None) for past in (site.past_key, site.past_value)]
             if stored[0] != stored[1]:
-                return Refusal(index=site.index, name=site.name, reason=f"keys and values are stored differently: {stored}")
+                return Refusal(
+                    index=site.index, name=site.name, reason=f"keys and values are stored differently: {stored}"
+                )
             config = stored[0] or config
         scheme = get_scheme(config.scheme)
         key = _value(site.key)
@@ -159,6 +167,8 @@ class _DynamoDoor:
         for node in self._placeholders:
             if not node.users:
                 self.gm.graph.erase_node(node)
+        if not self._settings.inline_cpu_ops:
+            _outline_cpu_ops(result)
         self.gm.graph.lint()
         self.gm.recompile()
         inputs = [self._examples[node] for node in kept] + [example for _, _, example in self._added]
@@ -208,6 +218,15 @@ class _DynamoDoor:
                 self._pages = shape_env.create_unbacked_symint()
             torch._check(self._pages >= 2)
         return self._pages
+
+
+def _outline_cpu_ops(result: RewriteResult) -> None:
+    ops = {
+        op for b in result.bindings if b.shape.device.type == "cpu" for op in (b.scheme.append_op, b.scheme.attend_op)
+    }
+    for node in result.gm.graph.nodes:
+        if node.op == "call_function" and node.target in ops:
+            node.target = outlined(node.target)
 
 
 def _value(node: Node) -> Any:

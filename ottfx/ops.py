@@ -7,7 +7,9 @@ and on CUDA it sees the kernels; no opaque call is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from ottfx import affine_cache, affine_read
 
 
-def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = ()) -> Any:
+def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *, outline: bool = False) -> Any:
     """Register `function` as the operator `torch.ops.ottfx.<name>` and return its overload.
 
     Args:
@@ -24,9 +26,53 @@ def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = ()) -
         function: fully annotated with types that an operator may have (Tensor, Tensor | None, int, float, bool, str).
             A graph that is printed names its parameters.
         mutates: the parameters that it writes to, exactly.
+        outline: also register `ottfx::<name>_outlined`, the same operator as one opaque call. Inductor needs many
+            seconds for the C++ of one affine op, so the CPU door calls the twin (`outlined`) unless told otherwise.
     """
     torch.library.triton_op(f"ottfx::{name}", function, mutates_args=set(mutates))
+    op = getattr(torch.ops.ottfx, name).default
+    if outline:
+        _OUTLINED[op] = _bind_outlined(f"{name}_outlined", function, mutates)
+    return op
+
+
+_OUTLINED: dict[Any, Any] = {}
+
+
+def outlined(op: Any) -> Any:
+    """Return the twin of `op` that compilers call instead of seeing through it, or `op` itself if it has none."""
+    return _OUTLINED.get(op, op)
+
+
+def _bind_outlined(name: str, function: Callable[..., Any], mutates: Iterable[str]) -> Any:
+    def body(*args: Any) -> Any:
+        with _host_decides():
+            return function(*args)
+
+    schema = torch.library.infer_schema(function, mutates_args=set(mutates))
+    twin = torch.library.custom_op(f"ottfx::{name}", body, mutates_args=set(mutates), schema=schema)
+    returns_tensor = not schema.endswith("-> ()")
+    twin.register_fake(
+        lambda first, *_: torch.empty_like(first, memory_format=torch.contiguous_format) if returns_tensor else None
+    )
     return getattr(torch.ops.ottfx, name).default
+
+
+_deciding = threading.local()
+
+
+def _host_may_decide() -> bool:
+    return getattr(_deciding, "on", False)
+
+
+@contextmanager
+def _host_decides() -> Iterator[None]:
+    # An outlined op on the CPU runs eagerly: it may look at lengths, and skip what a trace has to compute and discard.
+    _deciding.on = True
+    try:
+        yield
+    finally:
+        _deciding.on = False
 
 
 def affine_append(
@@ -38,6 +84,10 @@ def affine_append(
         from ottfx.kernels.affine_append import append as launch
 
         launch(key, value, valid, lengths, site, **state_and_constants)
+    elif getattr(_deciding, "on", False) and not affine_cache.anything_due(
+        lengths, site, key.shape[2], state_and_constants
+    ):
+        affine_cache.append_to_ring(key, value, valid, lengths, site, state_and_constants)
     else:
         affine_cache.append(key, value, valid, lengths, site, **state_and_constants)
 
@@ -58,6 +108,4 @@ def affine_attend(
         from ottfx.kernels.affine_attend import attend as launch
 
         return launch(query, key, value, mask, lengths, site, softmax_scale, **state_and_constants)
-    return affine_read.attend(
-        query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants
-    )
+    return affine_read.attend(query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants)

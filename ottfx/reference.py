@@ -20,7 +20,9 @@ _PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 def check_bits(bits: int, where: str = "ottfx.reference") -> None:
     """Raise ConfigError unless `bits` is a width that a page can hold."""
     if bits not in CODE_BITS:
-        raise ConfigError(f"{where}: bits must be one of {list(CODE_BITS)}. Got {bits!r}. Use 2 for the published setting.")
+        raise ConfigError(
+            f"{where}: bits must be one of {list(CODE_BITS)}. Got {bits!r}. Use 2 for the published setting."
+        )
 
 
 def words_per_page(rows: int, contraction: int, bits: int) -> int:
@@ -32,6 +34,16 @@ def make_finite(x: Tensor) -> Tensor:
     """Return `x` in fp32 with NaN -> 0 and everything else clamped to +-65504."""
     x = x.float()
     return torch.where(torch.isnan(x), 0.0, x).clamp(-FINITE_MAX, FINITE_MAX)
+
+
+def round_to_half(x: Tensor) -> Tensor:
+    """Round finite fp32 numbers of at most 65504 to the nearest fp16 number, ties to even; the result is fp32.
+
+    Same as `x.half().float()`, which a compiler may fuse into nothing.
+    """
+    exponent = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    spacing = exponent.clamp(min=2.0**-14) * 2.0**-10
+    return torch.round(x / spacing) * spacing
 
 
 def quantize_affine(
@@ -57,17 +69,16 @@ def quantize_affine(
     if taking_part is None:
         low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     else:
-        low = torch.where(taking_part, x, FINITE_MAX).amin(dim, keepdim=True)
-        high = torch.where(taking_part, x, -FINITE_MAX).amax(dim, keepdim=True)
-        empty = ~taking_part.expand_as(x).any(dim, keepdim=True)
-        low, high = torch.where(empty, 0.0, low), torch.where(empty, 0.0, high)
+        low = torch.where(taking_part, x, torch.inf).amin(dim, keepdim=True)
+        high = torch.where(taking_part, x, -torch.inf).amax(dim, keepdim=True)
+        empty = low == torch.inf
+        low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
     levels = 2**bits - 1
-    zero_point = low.half()
-    scale = ((high - zero_point.float()) / levels).clamp(0.0, FINITE_MAX).half()
-    step = scale.float()
-    ratio = (x - zero_point.float()) / torch.where(step == 0, 1.0, step)
-    codes = torch.where(step == 0, 0.0, torch.round(ratio).clamp(0, levels)).to(torch.uint8)
-    return codes, scale.squeeze(dim), zero_point.squeeze(dim)
+    zero_point = round_to_half(low)
+    scale = round_to_half(((high - zero_point) / levels).clamp(0.0, FINITE_MAX))
+    steps = (x - zero_point) / scale.masked_fill(scale == 0, torch.inf)
+    codes = torch.round(steps).clamp(0, levels).to(torch.uint8)
+    return codes, scale.squeeze(dim).half(), zero_point.squeeze(dim).half()
 
 
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor, dim: int = -1) -> Tensor:
@@ -97,7 +108,9 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
     lead = codes.shape[:-2]
     if width == 1:
         neighbours = codes.reshape(*lead, 2, rows // 2, contraction // 16, 16).long()
-        shift = _bit_positions(16, 1, codes.device) + 8 * torch.arange(2, dtype=torch.int32, device=codes.device).view(2, 1, 1, 1)
+        shift = _bit_positions(16, 1, codes.device) + 8 * torch.arange(2, dtype=torch.int32, device=codes.device).view(
+            2, 1, 1, 1
+        )
         words = (neighbours << shift).sum(-1).sum(-3)
     else:
         per_word = 32 // width
@@ -111,7 +124,9 @@ def _unpack_plane(words: Tensor, width: int, rows: int, contraction: int) -> Ten
     lead = words.shape[:-1]
     if width == 1:
         grid = words.reshape(*lead, 1, contraction // 16, rows // 2).transpose(-1, -2).unsqueeze(-1)
-        shift = _bit_positions(16, 1, words.device) + 8 * torch.arange(2, dtype=torch.int32, device=words.device).view(2, 1, 1, 1)
+        shift = _bit_positions(16, 1, words.device) + 8 * torch.arange(2, dtype=torch.int32, device=words.device).view(
+            2, 1, 1, 1
+        )
     else:
         grid = words.reshape(*lead, contraction * width // 32, rows).transpose(-1, -2).unsqueeze(-1)
         shift = _bit_positions(32 // width, width, words.device)

@@ -25,6 +25,8 @@ class Settings:
     config: SchemeConfig
     lower: Lowering = "inductor"
     """`eager` runs the rewritten graph node by node: for debugging and tests."""
+    inline_cpu_ops: bool = False
+    """On the CPU, let Inductor make C++ of the scheme's ops instead of calling them; compiling takes far longer."""
     inductor_options: dict[str, Any] = field(default_factory=dict)
     on_graph: Callable[[RewriteResult], None] | None = None
     """Called with what happened to each graph, before it is lowered."""
@@ -52,6 +54,7 @@ def make_settings(
     lower = remaining.pop("lower", "inductor")
     if lower not in LOWERINGS:
         raise ConfigError(f"ottfx: {where}: lower must be one of {list(LOWERINGS)}. Got lower={lower!r}.")
+    inline_cpu_ops = bool(remaining.pop("inline_cpu_ops", False))
     scheme = remaining.pop("scheme", "ott")
     bits = remaining.pop("bits", None)
     config = make_config(scheme, bits, **remaining)
@@ -60,4 +63,4 @@ def make_settings(
         from torch._inductor import list_mode_options
 
         inductor_options = dict(list_mode_options(mode))
-    return Settings(config=config, lower=lower, inductor_options=inductor_options)
+    return Settings(config=config, lower=lower, inline_cpu_ops=inline_cpu_ops, inductor_options=inductor_options)

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Several test processes share the cores of a small machine.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

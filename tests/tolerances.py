@@ -3,8 +3,8 @@
 import torch
 
 ATTENTION_ERROR = {
-    # Products and sums in float32 on both sides; only their order differs.
-    torch.float32: 1e-5,
+    # Products and sums in float32 on both sides; their order differs, and exp is within two units in the last place.
+    torch.float32: 2e-5,
     # Keys, values and softmax weights are rounded to 11 bits before a tensor core multiplies them.
     torch.float16: 2e-3,
     # The same with 8 bits.

@@ -6,7 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,12 @@ Config = TypeVar("Config", bound="AffineConfig")
 
 def state_names(*, with_pool: bool) -> tuple[str, ...]:
     """Return the names of the state tensors of both halves, in the order in which the ops take them."""
-    key = ("key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid")
-    value = ("value_codes", "value_scale", "value_zero_point", "value_residual")
+    key = ["key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid"]
+    value = ["value_codes", "value_scale", "value_zero_point", "value_residual"]
     if with_pool:
-        key += ("outlier_key", "outlier_position", "spill_count")
-        value += ("outlier_value", "value_outlier_position")
-    return key + value
+        key += ["outlier_key", "outlier_position", "spill_count"]
+        value += ["outlier_value", "value_outlier_position"]
+    return (*key, *value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +54,14 @@ class AffineConfig(SchemeConfig):
 
     def __post_init__(self) -> None:
         """Check every value, and make `layer_bits` hashable."""
-        pairs = self.layer_bits.items() if isinstance(self.layer_bits, Mapping) else self.layer_bits
-        pairs = ((layer, bits if isinstance(bits, int) else tuple(bits)) for layer, bits in pairs)
-        object.__setattr__(self, "layer_bits", tuple(sorted(pairs)))
+        given = dict(self.layer_bits)
+        layer_bits = sorted((layer, bits if isinstance(bits, int) else tuple(bits)) for layer, bits in given.items())
+        object.__setattr__(self, "layer_bits", tuple(layer_bits))
         for name in ("bits", "key_bits", "value_bits"):
             width = getattr(self, name)
             if width is not None or name == "bits":
                 self.require(name, width in CODE_BITS, f"one of {list(CODE_BITS)}")
-        for _, bits in self.layer_bits:
+        for _, bits in layer_bits:
             widths = bits if isinstance(bits, tuple) else (bits, bits)
             valid = len(widths) == 2 and all(width in CODE_BITS for width in widths)
             self.require("layer_bits", valid, f"layer -> bits or (key_bits, value_bits), each one of {list(CODE_BITS)}")
@@ -117,24 +117,24 @@ class AffineConfig(SchemeConfig):
         return f"{self.scheme} {width}, group {self.group_size}, residual {self.residual_length}"
 
 
-class AffineScheme(Scheme):
+class AffineScheme(Scheme[Config]):
     """A scheme in affine storage. A subclass says when tokens are packed, and how large the ring is."""
 
-    config_class: type[AffineConfig]
+    config_class: ClassVar[type[AffineConfig]]
 
     @abstractmethod
-    def schedule(self, config: AffineConfig, role: Role) -> tuple[int, int]:
+    def schedule(self, config: Config, role: Role) -> tuple[int, int]:
         """Return (window, step) of one half, in tokens."""
 
     @abstractmethod
-    def ring_rows(self, config: AffineConfig) -> int:
+    def ring_rows(self, config: Config) -> int:
         """Return how many tokens the full-precision window can hold."""
 
-    def pool_rows(self, config: AffineConfig) -> tuple[int, int]:
+    def pool_rows(self, config: Config) -> tuple[int, int]:
         """Return (seats of the outlier pool, rows of the spill pool)."""
         return 0, 0
 
-    def check(self, config: AffineConfig, shape: CacheShape) -> str | None:
+    def check(self, config: Config, shape: CacheShape) -> str | None:
         """Say why a site of this shape cannot be stored, or None."""
         if shape.dtype not in DTYPES:
             return f"dtype must be float16, bfloat16 or float32, got {str(shape.dtype).removeprefix('torch.')}"
@@ -145,7 +145,7 @@ class AffineScheme(Scheme):
             return f"value_group_size must divide head_dim {shape.head_dim}, got {channels}"
         return None
 
-    def state_spec(self, config: AffineConfig, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
+    def state_spec(self, config: Config, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
         """Name every state tensor of one half; layouts in docs/storage.md."""
         lead = (shape.batch_size, shape.num_kv_heads)
         paged = (*lead, shape.pages)
@@ -165,16 +165,16 @@ class AffineScheme(Scheme):
             spec["residual_valid"] = TensorSpec(shape=(shape.batch_size, ring), dtype=torch.uint8, part="tables")
         return spec
 
-    def packed_length(self, config: AffineConfig, role: Role, length: int, packed: int) -> int:
+    def packed_length(self, config: Config, role: Role, length: int, packed: int) -> int:
         """Return how many tokens are codes once `length` tokens are stored, given `packed` before."""
         window, step = self.schedule(config, role)
         return max(packed, (length - window) // step * step)
 
-    def read(self, config: AffineConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
+    def read(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         """Dequantize the first `length` tokens; those of the outlier pool have their exact values."""
         return read_tokens(role, state, config.bits_of(role), packed, 0, length)
 
-    def rewind(self, config: AffineConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
         """Forget every token from `length` on; what stays packed are whole groups of `group_size` tokens."""
         seats, _ = self.pool_rows(config)
         return rewind(role, state, config.bits_of(role), config.group_size, seats, packed, length)

@@ -13,7 +13,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +71,10 @@ class SchemeConfig:
         return f"{self.scheme}({fields})"
 
 
-class Scheme(ABC):
+Config = TypeVar("Config", bound=SchemeConfig)
+
+
+class Scheme(ABC, Generic[Config]):
     """A published method. Stateless: everything it needs comes as arguments.
 
     `append_op(key, value, mask, lengths, site, *key_state, *value_state, *constants) -> None`
@@ -98,30 +101,30 @@ class Scheme(ABC):
     attend_op: Any
 
     @abstractmethod
-    def check(self, config: SchemeConfig, shape: CacheShape) -> str | None:
+    def check(self, config: Config, shape: CacheShape) -> str | None:
         """Say why a site of this shape cannot be stored by this scheme, or None if it can."""
 
     @abstractmethod
-    def state_spec(self, config: SchemeConfig, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
+    def state_spec(self, config: Config, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
         """Name every state tensor of one half, in the order in which the ops take them."""
 
     @abstractmethod
-    def constants(self, config: SchemeConfig) -> tuple[Any, ...]:
+    def constants(self, config: Config) -> tuple[Any, ...]:
         """Trailing int, float or bool operands of both ops."""
 
     @abstractmethod
-    def packed_length(self, config: SchemeConfig, role: Role, length: int, packed: int) -> int:
+    def packed_length(self, config: Config, role: Role, length: int, packed: int) -> int:
         """Tokens of this half that are codes once `length` tokens are stored, given `packed` before.
 
         The ops compute the same number on the device from `lengths`.
         """
 
     @abstractmethod
-    def read(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
+    def read(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         """Dequantize the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`, in logical dtype."""
 
     @abstractmethod
-    def rewind(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
         """Forget every token from `length` on, in place; return the new packed length.
 
         Tokens of a group that is cut in two go back to the residual window as their dequantized values. It must be
@@ -129,6 +132,6 @@ class Scheme(ABC):
         require that values are unpacked, too.
         """
 
-    def pages_needed(self, config: SchemeConfig, length: int) -> int:
+    def pages_needed(self, config: Config, length: int) -> int:
         """Pages that storing `length` tokens takes; at least 1."""
         return max(1, -(-length // PAGE))

@@ -20,7 +20,10 @@ class KIVIConfig(AffineConfig):
 
     group_size: int = 32
     residual_length: int = 128
-    """Newest tokens kept in full precision, a positive multiple of `group_size`. Keys leave all at once, values singly."""
+    """Newest tokens kept in full precision, a positive multiple of `group_size`.
+
+    Keys leave all at once when so many have gathered, values one by one when they are older.
+    """
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -66,7 +69,7 @@ def _attend(
 
 
 @register_scheme
-class KIVI(AffineScheme):
+class KIVI(AffineScheme[KIVIConfig]):
     """Keys per channel over groups of tokens, values per token over groups of channels, asymmetric min-max grids.
 
     Keys are packed whenever `residual_length` of them have gathered, values one by one when they are older than
@@ -76,17 +79,17 @@ class KIVI(AffineScheme):
     name = "kivi"
     config_class = KIVIConfig
     citation = "Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, ICML 2024, arXiv:2402.02750."
-    append_op = bind("kivi_append", _append, mutates=state_names(with_pool=False))
-    attend_op = bind("kivi_attend", _attend)
+    append_op = bind("kivi_append", _append, mutates=state_names(with_pool=False), outline=True)
+    attend_op = bind("kivi_attend", _attend, outline=True)
 
-    def schedule(self, config: AffineConfig, role: Role) -> tuple[int, int]:
+    def schedule(self, config: KIVIConfig, role: Role) -> tuple[int, int]:
         """Keys: all `residual_length` at once. Values: one at a time."""
         return (0, config.residual_length) if role == "key" else (config.residual_length, 1)
 
-    def ring_rows(self, config: AffineConfig) -> int:
+    def ring_rows(self, config: KIVIConfig) -> int:
         """Return the size of the window: the keys that gather, or the newest values."""
         return config.residual_length
 
-    def constants(self, config: AffineConfig) -> tuple[int, int, int, int]:
+    def constants(self, config: KIVIConfig) -> tuple[int, int, int, int]:
         """Widths of key and value codes, tokens of a key group, tokens of the window."""
         return (*config.widths(), config.group_size, config.residual_length)

@@ -51,7 +51,7 @@ def _attend(
 
 
 @register_scheme
-class NoneScheme(Scheme):
+class NoneScheme(Scheme[NoneConfig]):
     """Keys and values as the model made them, dense `[batch, num_kv_heads, pages * PAGE, head_dim]`.
 
     Attention is `scaled_dot_product_attention` over the stored and the new tokens, as in the model.
@@ -63,29 +63,29 @@ class NoneScheme(Scheme):
     append_op = bind("none_append", _append, mutates=("key_data", "value_data"))
     attend_op = bind("none_attend", _attend)
 
-    def check(self, config: SchemeConfig, shape: CacheShape) -> str | None:
+    def check(self, config: NoneConfig, shape: CacheShape) -> str | None:
         """Say why a site cannot be stored: only floats can."""
         if not shape.dtype.is_floating_point:
             return f"dtype must be a float, got {str(shape.dtype).removeprefix('torch.')}"
         return None
 
-    def state_spec(self, config: SchemeConfig, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
+    def state_spec(self, config: NoneConfig, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
         """One dense tensor a half."""
         size = (shape.batch_size, shape.num_kv_heads, shape.pages * PAGE, shape.head_dim)
         return {f"{role}_data": TensorSpec(shape=size, dtype=shape.dtype, part="dense", paged_dim=2)}
 
-    def constants(self, config: SchemeConfig) -> tuple[()]:
+    def constants(self, config: NoneConfig) -> tuple[()]:
         """No trailing operands."""
         return ()
 
-    def packed_length(self, config: SchemeConfig, role: Role, length: int, packed: int) -> int:
+    def packed_length(self, config: NoneConfig, role: Role, length: int, packed: int) -> int:
         """Nothing is ever a code."""
         return 0
 
-    def read(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
+    def read(self, config: NoneConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         """Copy the first `length` tokens."""
         return state[f"{role}_data"].narrow(2, 0, length).clone()
 
-    def rewind(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(self, config: NoneConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
         """Nothing to do: later tokens are overwritten."""
         return 0

@@ -104,7 +104,7 @@ def _attend(
 
 
 @register_scheme
-class OTT(AffineScheme):
+class OTT(AffineScheme[OTTConfig]):
     """KIVI's grids, keys and values packed together by groups, and a pool of outlier tokens for each head.
 
     Tokens whose keys have the smallest norm would widen a channel's range. As a group is packed, its tokens compete
@@ -115,14 +115,14 @@ class OTT(AffineScheme):
     name = "ott"
     config_class = OTTConfig
     citation = "Su et al., Accurate KV Cache Quantization with Outlier Tokens Tracing, ACL 2025, arXiv:2505.10938."
-    append_op = bind("ott_append", _append, mutates=state_names(with_pool=True))
-    attend_op = bind("ott_attend", _attend)
+    append_op = bind("ott_append", _append, mutates=state_names(with_pool=True), outline=True)
+    attend_op = bind("ott_attend", _attend, outline=True)
 
-    def schedule(self, config: AffineConfig, role: Role) -> tuple[int, int]:
+    def schedule(self, config: OTTConfig, role: Role) -> tuple[int, int]:
         """Keys and values: a whole group at once."""
         return config.residual_length, config.group_size
 
-    def ring_rows(self, config: AffineConfig) -> int:
+    def ring_rows(self, config: OTTConfig) -> int:
         """Return the size of the window and the group that gathers behind it."""
         return config.residual_length + config.group_size
 

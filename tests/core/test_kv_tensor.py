@@ -20,7 +20,7 @@ B, H, D = 2, 3, 16
 
 def handles(length: int = 200, scheme: str = "none", **options) -> tuple[KVTensor, KVTensor, Tensor, Tensor]:
     """Key and value handles of `length` stored tokens, and the dense tensors that were stored."""
-    config = make_config(scheme, None, **options).at_layer(5)
+    config = make_config(scheme, **options).at_layer(5)
     implementation = get_scheme(scheme)
     pages = implementation.pages_needed(config, length) + 1
     shape = CacheShape(
@@ -29,7 +29,9 @@ def handles(length: int = 200, scheme: str = "none", **options) -> tuple[KVTenso
     halves = [CacheHalf.allocate(implementation, config, role, shape) for role in ("key", "value")]
     key, value = torch.randn(2, B, H, length, D)
     state = [t for half in halves for t in half.tensors.values()]
-    implementation.append_op(key, value, None, torch.zeros(1, 3, dtype=torch.int64), 0, *state, *implementation.constants(config))
+    implementation.append_op(
+        key, value, None, torch.zeros(1, 3, dtype=torch.int64), 0, *state, *implementation.constants(config)
+    )
     for half in halves:
         half.advance(length)
     made = [KVTensor.from_payload(Payload(half, length)) for half in halves]
@@ -139,7 +141,8 @@ def append(key: KVTensor, value: KVTensor, new: Tensor) -> tuple[KVTensor, KVTen
     from ottfx.cache_call import CacheCall, SiteCall, StateInput
 
     half = key.payload.half
-    names = [StateInput(kind="state", role=role, name=name) for role, h in (("key", half), ("value", value.payload.half)) for name in h.tensors]
+    halves = {"key": half, "value": value.payload.half}
+    names = [StateInput(kind="state", role=role, name=name) for role, h in halves.items() for name in h.tensors]
     site = SiteCall(
         name="test", scheme=half.scheme, config=half.config, num_kv_heads=H, head_dim=D, dtype=torch.float32,
         device=torch.device("cpu"), past=(0, 1), batch_size=lambda args: B, q_len=lambda args: new.shape[2],

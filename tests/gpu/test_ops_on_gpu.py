@@ -38,7 +38,7 @@ def halves_on(device, scheme, config, batch, kv_heads, head_dim, dtype):
 @pytest.mark.parametrize("name, options, batch, heads, kv_heads, head_dim", CASES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
 def test_gpu_matches_the_definition(name, options, batch, heads, kv_heads, head_dim, dtype, masked):
-    scheme, config = get_scheme(name), make_config(name, None, **options).at_layer(5)
+    scheme, config = get_scheme(name), make_config(name, **options).at_layer(5)
     generator = torch.Generator().manual_seed(0)
     worlds = {d: halves_on(d, scheme, config, batch, kv_heads, head_dim, dtype) for d in ("cpu", "cuda")}
     past, packed = 0, [0, 0]
@@ -85,7 +85,7 @@ def test_gpu_matches_the_definition(name, options, batch, heads, kv_heads, head_
 
 @pytest.mark.parametrize("name, options, batch, heads, kv_heads, head_dim", CASES)
 def test_opcheck_on_gpu(name, options, batch, heads, kv_heads, head_dim):
-    scheme, config = get_scheme(name), make_config(name, None, **options).at_layer(5)
+    scheme, config = get_scheme(name), make_config(name, **options).at_layer(5)
     halves = halves_on("cuda", scheme, config, batch, kv_heads, head_dim, torch.float16)
     state = [t for half in halves for t in half.tensors.values()]
     query = torch.randn(batch, heads, 2, head_dim, device="cuda", dtype=torch.float16)

@@ -108,9 +108,7 @@ class World:
         return torch.tensor([[9, 9, 9], self.lengths])
 
     def append(self, key, value, valid):
-        affine_cache.append(
-            key, value, valid, self.lengths_tensor(), SITE, **self.state, **self.case.append_options()
-        )
+        affine_cache.append(key, value, valid, self.lengths_tensor(), SITE, **self.state, **self.case.append_options())
         past = self.lengths[0] + key.shape[2]
         schedule = self.case.schedule()
         ends = [(past - schedule[2 * half]) // schedule[2 * half + 1] * schedule[2 * half + 1] for half in (0, 1)]

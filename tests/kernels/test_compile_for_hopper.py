@@ -133,9 +133,7 @@ def test_attend_compiles_in_float32(head_dim, bits, value_groups):
     ],
     ids=str,
 )
-def test_append_compiles_without_spills(
-    dtype, head_dim, bits, group_size, value_groups, traces, write_back, tmp_path
-):
+def test_append_compiles_without_spills(dtype, head_dim, bits, group_size, value_groups, traces, write_back, tmp_path):
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back)
     compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
     assert stack_bytes(compiled, tmp_path) == 0

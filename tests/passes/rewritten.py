@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from lossless_scheme import LOSSLESS, LosslessConfig
+from tiny_models import random_tokens
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from transformers import DynamicCache, PreTrainedModel
 
 from ottfx.attention_site import AttentionSite, Binding, Refusal
 from ottfx.passes.graph_utils import format_graph, node_value
@@ -57,6 +59,22 @@ def capture(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Captured:
         torch.compile(call, backend=recorder, dynamic=True, fullgraph=True)(*args, **kwargs)
     (captured,) = recorder.graphs
     return captured
+
+
+def prompt_and_step(model: PreTrainedModel, padded: bool) -> tuple[Captured, Captured]:
+    """The graphs of a prompt of 7 tokens and of one more token, batch 3, with what they were called with."""
+    recorder = Recorder()
+    tokens, cache = random_tokens(3, 8), DynamicCache(config=model.config)
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, :2] = 0
+    masks = ({"attention_mask": mask[:, :7]}, {"attention_mask": mask}) if padded else ({}, {})
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(specialize_float=True):
+        call = torch.compile(model, backend=recorder, dynamic=True, fullgraph=True)
+        call(input_ids=tokens[:, :7], past_key_values=cache, use_cache=True, **masks[0])
+        call(input_ids=tokens[:, 7:], past_key_values=cache, use_cache=True, **masks[1])
+    prompt, step = recorder.graphs
+    return prompt, step
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

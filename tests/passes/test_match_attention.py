@@ -371,6 +371,10 @@ REFUSED = {
     "causal": (step_of(is_causal=True), "is_causal with stored tokens"),
     "tiled": (step_of(read=tile), "it reads 'repeat' computed from it"),
     "tiled-axis": (step_of(read=tile_by_wrong_axis), "it reads 'flatten' computed from it"),
+    "stacked": (
+        step_of(read=lambda x: torch.stack([x, x * 2], 2).flatten(1, 2)),
+        "it reads 'flatten' computed from it",
+    ),
     "computed": (step_of(read=lambda x: none_index(torch.sin(x))), "it reads 'sin' computed from it"),
     "static": (step_of(cat_key=static_write, cat_value=static_write), "static cache"),
     "new-written": (

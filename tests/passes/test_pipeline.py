@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lossless_scheme import LOSSLESS, LosslessConfig
-from rewritten import Captured, Door, capture, copy_graph, count, rewrite_and_compare
-from test_captured_models import prompt_and_step
+from rewritten import Captured, Door, capture, copy_graph, count, prompt_and_step, rewrite_and_compare
 from tiny_models import random_tokens, tiny_model
 from torch import Tensor
 from transformers import StaticCache
@@ -30,7 +29,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value
     return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True), keys, values
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def captured() -> Captured:
     return capture(step, torch.randn(2, 4, 1, 8), *(torch.randn(2, 2, n, 8) for n in (1, 1, 5, 5)))
 
@@ -216,7 +215,7 @@ def test_static_cache_of_a_model_does_not_change():
 
 def test_the_none_scheme_on_a_model():
     none = get_scheme("none")
-    for captured in prompt_and_step(tiny_model("qwen2"), padded=True):
+    for captured in prompt_and_step(tiny_model("qwen2", num_hidden_layers=1), padded=True):
         result = rewrite_and_compare(captured, scheme=none, config=none.config_class())
-        assert len(result.bindings) == 2
-        assert count(result.gm, none.append_op) == 2
+        assert len(result.bindings) == 1
+        assert count(result.gm, none.append_op) == 1

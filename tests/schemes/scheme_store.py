@@ -92,7 +92,9 @@ class Store:
         return {p for p in position[:seats] if p >= 0}, {p for p in position[seats:] if p >= 0}
 
 
-def random_tokens(batch_size: int, heads: int, length: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_tokens(
+    batch_size: int, heads: int, length: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Tokens with a common offset in every channel and norms that differ by a factor of ten."""
     offset = 2 * torch.randn(1, heads, 1, head_dim)
     size = torch.rand(batch_size, heads, length, 1) * 0.9 + 0.1

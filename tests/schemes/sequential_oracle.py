@@ -1,4 +1,4 @@
-"""docs/storage.md once more, token by token in plain Python for one (sequence, head): what the vector code must equal."""
+"""docs/storage.md once more, token by token in plain Python, for one (sequence, head)."""
 
 from __future__ import annotations
 

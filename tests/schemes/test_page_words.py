@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ottfx.errors import ConfigError
-from ottfx.reference import dequantize_affine, make_finite, pack_page, quantize_affine, unpack_page, words_per_page
+from ottfx.reference import (
+    dequantize_affine,
+    make_finite,
+    pack_page,
+    quantize_affine,
+    round_to_half,
+    unpack_page,
+    words_per_page,
+)
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -37,9 +45,8 @@ def test_words_are_laid_out_as_documented(bits, rows, contraction):
     assert words.dtype == torch.int32
     assert words.shape == (words_per_page(rows, contraction, bits),)
     flat = words.tolist()
-    for row, column in torch.randint(0, rows * contraction, (400,)).tolist() and [
-        divmod(index, contraction) for index in torch.randperm(rows * contraction)[:400].tolist()
-    ]:
+    for index in torch.randperm(rows * contraction)[:400].tolist():
+        row, column = divmod(index, contraction)
         assert element_of(flat, bits, row, column, rows, contraction) == codes[row, column]
 
 
@@ -103,3 +110,10 @@ def test_the_sign_of_a_scale_is_not_a_value():
     codes = torch.tensor([3], dtype=torch.uint8)
     scale, zero_point = torch.tensor(0.5).half(), torch.tensor(1.0).half()
     assert dequantize_affine(codes, -scale, zero_point) == dequantize_affine(codes, scale, zero_point) == 2.5
+
+
+def test_rounding_by_arithmetic_equals_rounding_by_cast():
+    sizes = [10.0**power for power in range(-9, 5)]
+    edges = torch.tensor([0.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 2.0**-14, 65504.0, 65503.9, 2049.0, 2051.0])
+    x = torch.cat([*(torch.randn(5000) * size for size in sizes), edges, -edges]).clamp(-65504, 65504)
+    assert torch.equal(round_to_half(x), x.half().float())

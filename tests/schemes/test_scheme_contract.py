@@ -10,7 +10,13 @@ from scheme_store import PAGE, ROLES, Store, random_tokens, state_difference
 
 from ottfx.registry import get_scheme, make_config, scheme_names
 
-SMALL = {"kivi": {"group_size": 32, "residual_length": 64}, "ott": {"group_size": 32, "residual_length": 16}, "none": {}}
+SMALL = {
+    "kivi": {"group_size": 32, "residual_length": 64},
+    "ott": {"group_size": 32, "residual_length": 16},
+    "none": {},
+}
+FLOOR_DB = {2: (15, 7), 3: (22, 14), 4: (29, 20), 8: (53, 45)}
+"""Signal to error of what is read back, keys and values, by bits: about 1 dB under what these random tokens give."""
 AFFINE = [name for name in scheme_names() if name != "none"]
 
 
@@ -18,7 +24,9 @@ def config(scheme: str, bits: int | None = None, **options):
     return make_config(scheme, bits, **{**SMALL.get(scheme, {}), **options}).at_layer(5)
 
 
-def filled(scheme, length, sizes=None, *, bits=None, heads=2, head_dim=32, batch_size=1, dtype=torch.float32, **options):
+def filled(
+    scheme, length, sizes=None, *, bits=None, heads=2, head_dim=32, batch_size=1, dtype=torch.float32, **options
+):
     """Return a store with `length` tokens, and those tokens."""
     key, value = (random_tokens(batch_size, heads, length, head_dim, dtype) for _ in range(2))
     store = Store(config(scheme, bits, **options), batch_size, heads, head_dim, length + 150, dtype)
@@ -26,18 +34,26 @@ def filled(scheme, length, sizes=None, *, bits=None, heads=2, head_dim=32, batch
     return store, key, value
 
 
+BASIC_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 @pytest.mark.parametrize("scheme", scheme_names())
-@pytest.mark.parametrize("q_len", [1, 40])
-def test_ops_pass_opcheck(scheme, q_len):
+@pytest.mark.parametrize(
+    ("q_len", "checks"),
+    [
+        pytest.param(1, BASIC_CHECKS, id="one"),
+        pytest.param(40, BASIC_CHECKS, id="chunk"),
+        pytest.param(40, "test_aot_dispatch_dynamic", id="chunk-aot", marks=pytest.mark.slow),
+    ],
+)
+def test_ops_pass_opcheck(scheme, q_len, checks):
     store, key, value = filled(scheme, 150)
     new_key, new_value = key[:, :, :q_len].clone(), value[:, :, :q_len].clone()
     query = torch.randn(1, 4, q_len, 32)
     mask = torch.ones(1, 1, q_len, 150 + q_len, dtype=torch.bool).tril(150)
     common = (mask, store.lengths(), 1)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        store.scheme.append_op, (new_key, new_value, *common, *store.tail_operands()), test_utils=checks
-    )
+    operands = (new_key, new_value, *common, *store.tail_operands())
+    torch.library.opcheck(store.scheme.append_op, operands, test_utils=checks)
     operands = (query, new_key, new_value, *common, 150, 0.2, *store.tail_operands())
     torch.library.opcheck(store.scheme.attend_op, operands, test_utils=checks)
 
@@ -77,11 +93,11 @@ def test_lossless_storage_reads_back_exactly():
 
 
 @pytest.mark.parametrize("scheme", AFFINE)
-@pytest.mark.parametrize(("bits", "floor_db"), [(2, 9), (3, 15), (4, 21), (8, 45)])
+@pytest.mark.parametrize("bits", FLOOR_DB)
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_what_is_read_back_is_close(scheme, bits, floor_db, head_dim):
+def test_what_is_read_back_is_close(scheme, bits, head_dim):
     store, key, value = filled(scheme, 200, bits=bits, head_dim=head_dim, heads=3)
-    for role, exact in (("key", key), ("value", value)):
+    for role, exact, floor_db in zip(ROLES, (key, value), FLOOR_DB[bits], strict=True):
         read = store.read(role)
         assert read.shape == exact.shape
         packed = store.packed[role]
@@ -112,7 +128,11 @@ def test_attention_equals_dense_attention_over_what_is_read(scheme, heads):
         mask = torch.ones(2, 1, q_len, past + q_len, dtype=torch.bool).tril(past)
         mask[1, :, :, :11] = False
         expected = dense_attention(store, query, new_key, new_value, mask)
-        for spelling in (mask, torch.where(mask, 0.0, torch.finfo(torch.float32).min), mask.expand(2, num_heads, -1, -1)):
+        for spelling in (
+            mask,
+            torch.where(mask, 0.0, torch.finfo(torch.float32).min),
+            mask.expand(2, num_heads, -1, -1),
+        ):
             result = store.attend(query, new_key, new_value, spelling)
             torch.testing.assert_close(result, expected, atol=2e-5, rtol=2e-5)
 
@@ -218,7 +238,9 @@ def test_lengths_and_sizes_follow_from_the_config(scheme):
     store = Store(settings, 2, 3, 64, 500)
     for role in ROLES:
         specs = implementation.state_spec(settings, role, store.shape)
-        bigger = implementation.state_spec(settings, role, dataclasses.replace(store.shape, pages=store.shape.pages + 3))
+        bigger = implementation.state_spec(
+            settings, role, dataclasses.replace(store.shape, pages=store.shape.pages + 3)
+        )
         for name, spec in specs.items():
             assert spec.shape[0] == 2
             grown = list(spec.shape)
