@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -99,10 +98,9 @@ def explain(
     report = Report()
     settings.on_graph = report.add_graph
     call = _compile_call(model, settings, dynamic=True, fullgraph=False)
-    next_example = next_example or functools.partial(_next_step, example)
     with torch.no_grad():
         result = _call(call, example)
-        step = next_example(result)
+        step = _next_step(example, result) if next_example is None else next_example(result)
         if step is not None:
             _call(call, step)
     if not report.graphs:

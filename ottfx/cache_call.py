@@ -58,8 +58,8 @@ class CacheCall:
     """Callable with the arguments and results of the graph that Dynamo captured.
 
     Before the graph: opens each site's halves for appending (copying a branch, forgetting what was cropped, packing
-    what eager code appended, importing a dense cache), makes room, and writes all lengths to the device in one copy. After
-    it: wraps the halves in `KVTensor`s where the graph used to return dense tensors.
+    what eager code appended, importing a dense cache), makes room, and writes all lengths to the device in one copy.
+    After it: wraps the halves in `KVTensor`s where the graph used to return dense tensors.
 
     Args:
         inner: the compiled rewritten graph.
@@ -92,7 +92,7 @@ class CacheCall:
         caches = [_open(site, args) for site in self._sites]
         _make_room(self._sites, caches)
         lengths = self._lengths(caches)
-        extra = []
+        extra: list[Tensor | int] = []
         for added in self._added:
             if added.kind == "state":
                 extra.append(caches[added.row].halves[added.role == "value"].tensors[added.name])

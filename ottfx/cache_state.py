@@ -129,7 +129,7 @@ class CacheHalf:
 
     def rewind(self, length: int) -> None:
         """Forget every token from `length` on."""
-        if length < self.packed:
+        if length < self.high:
             with torch.inference_mode(False), torch.no_grad():
                 self.packed = self.scheme.rewind(self.config, self.role, self.tensors, self.packed, length)
         self.high = length

@@ -69,7 +69,7 @@ def _layer_tensors(layer: Any) -> list[Tensor]:
 def _bytes_by_part(tensor: Tensor) -> dict[str, int]:
     if not isinstance(tensor, KVTensor) or tensor.payload is None:
         return {"dense": tensor.nbytes}
-    parts: dict[str, int] = dict(tensor.payload.half.bytes_by_part())
+    parts: dict[str, int] = {str(part): size for part, size in tensor.payload.half.bytes_by_part().items()}
     if tensor.payload.tail is not None:
         parts["residual"] = parts.get("residual", 0) + tensor.payload.tail.nbytes
     return parts

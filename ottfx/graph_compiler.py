@@ -17,6 +17,7 @@ from ottfx.cache_call import CacheCall, SiteCall, StateInput
 from ottfx.errors import CacheError
 from ottfx.kv_tensor import KVTensor
 from ottfx.ops import outlined
+from ottfx.passes.graph_utils import graph_outputs
 from ottfx.pipeline import RewriteResult, rewrite_graph
 from ottfx.registry import get_scheme
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
@@ -73,7 +74,8 @@ def _lower(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=settings.inductor_options or None)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=settings.inductor_options or None)
+    return compiled
 
 
 class _DynamoDoor:
@@ -88,7 +90,7 @@ class _DynamoDoor:
             node: node.meta.get("example_value", x) for node, x in zip(self._placeholders, example_inputs, strict=True)
         }
         self._sizes = SizeReader(list(self._examples.values()))
-        self._num_outputs = len(gm.graph.output_node().args[0])
+        self._num_outputs = len(graph_outputs(gm.graph))
         self._last_placeholder = self._placeholders[-1]
         self._added: list[tuple[Node, StateInput, Any]] = []
         self._lengths_node: Node | None = None

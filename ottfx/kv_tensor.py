@@ -65,7 +65,7 @@ class KVTensor(torch.Tensor):
         self.anchor = anchor
         self.config = config
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def from_payload(cls, payload: Payload) -> KVTensor:
@@ -74,13 +74,13 @@ class KVTensor(torch.Tensor):
         anchor = torch.empty(
             (shape.batch_size, shape.num_kv_heads, 0, shape.head_dim), dtype=shape.dtype, device=shape.device
         )
-        anchor.ottfx_payload = payload
+        anchor.ottfx_payload = payload  # type: ignore[attr-defined]
         handle = cls(anchor, payload.total_length, payload.half.config)
         for tensor in (anchor, handle):
             # Heads and head_dim never vary: without this a batch that happens to equal them shares their symbol.
-            tensor._dynamo_static_indices = {1, 3}
-            tensor._has_dynamo_dim_marking = True
-        handle._dynamo_weak_dynamic_indices = {2}
+            tensor._dynamo_static_indices = {1, 3}  # type: ignore[attr-defined]
+            tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+        handle._dynamo_weak_dynamic_indices = {2}  # type: ignore[attr-defined]
         return handle
 
     @property
@@ -101,7 +101,7 @@ class KVTensor(torch.Tensor):
         """Return the content, dense, in the logical dtype. In a trace: the op that will."""
         return torch.ops.ottfx.handle_dequantize(self.anchor, self.shape[2])
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         stored = "traced" if self.payload is None else self.payload.half.config.describe()
         return f"KVTensor(shape={list(self.shape)}, dtype={self.dtype}, device='{self.device}', stored={stored})"
 
@@ -124,13 +124,13 @@ class KVTensor(torch.Tensor):
         raise CacheError(_WRITE_ERROR.format(op="data = ..."))
 
     # View ops would tie the result to this handle through `_base`; these return handles of their own.
-    def narrow(self, dim: int, start: Any, length: int) -> Tensor:
+    def narrow(self, dim: int, start: Any, length: Any) -> Tensor:
         """As `Tensor.narrow`, but no view."""
         index: list[slice] = [slice(None)] * 4
         index[dim] = slice(int(start), int(start) + length)
         return self[tuple(index)]
 
-    def split(self, split_size: int | list[int], dim: int = 0) -> tuple[Tensor, ...]:
+    def split(self, split_size: Any, dim: int = 0) -> tuple[Tensor, ...]:
         """As `Tensor.split`, but no views."""
         total = self.shape[dim]
         sizes = split_size
@@ -139,7 +139,7 @@ class KVTensor(torch.Tensor):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
 
-    def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Tensor:
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, *, output_size: Any = None) -> Tensor:
         """As `Tensor.repeat_interleave`; native on the batch axis."""
         if self.payload is None or dim is None or dim % 4 != 0:
             dense = self.dequantize() if self.payload is None else self._dense("repeat_interleave")
@@ -168,7 +168,9 @@ class KVTensor(torch.Tensor):
         return self.dequantize()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         native = NATIVE.get(func)
         if native is not None:

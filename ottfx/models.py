@@ -125,6 +125,9 @@ def _from_pretrained(
 
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # as generation wants it
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source)
     return model.eval(), tokenizer
 
