@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality-smollm2")
     options = parser.parse_args()
     variants = study_variants(options.only)
-    results = run_evaluation(variants, "smollm2", options.device, options.dtype, "", options.tokens, options.start)
+    results = run_evaluation(
+        variants, "smollm2", options.device, options.dtype, "", options.tokens, options.start, str(options.out)
+    )
     print(markdown_table(results))
     if (options.tokens, options.start) == (2048, 256):
         print(study_table(results))

@@ -46,7 +46,7 @@ def eval_command(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     try:
         variants = study_variants() if study else default_variants(schemes.split(","), bits)
-        results = run_evaluation(variants, model, device, dtype, text, tokens, start)
+        results = run_evaluation(variants, model, device, dtype, text, tokens, start, out)
         typer.echo(markdown_table(results))
         if study:
             typer.echo(study_table(results))
@@ -75,7 +75,7 @@ def default_variants(schemes: Sequence[str], bits: int) -> list[Variant]:
 
 
 def run_evaluation(
-    variants: Sequence[Variant], model: str, device: str, dtype: str, text: str, tokens: int, start: int
+    variants: Sequence[Variant], model: str, device: str, dtype: str, text: str, tokens: int, start: int, out: str
 ) -> list[Result]:
     """Load a model and measure `variants` on it, with a progress bar for each.
 
@@ -87,6 +87,7 @@ def run_evaluation(
         text: path of a UTF-8 file; empty for the bundled text.
         tokens: tokens that are read.
         start: first scored position.
+        out: where the results go, as for `write_results`; written anew after each variant.
 
     Raises:
         ConfigError: `dtype` is not the name of a floating-point dtype; and as `ottfx.evaluate.evaluate`.
@@ -95,6 +96,7 @@ def run_evaluation(
     from rich import progress as bars
 
     from ottfx.evaluate import evaluate
+    from ottfx.results import write_results
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -109,6 +111,13 @@ def run_evaluation(
             progress.start_task(tasks[label])
             progress.update(tasks[label], completed=done, total=total)
 
+        done: list[Result] = []
+
+        def on_result(result: Result) -> None:
+            done.append(result)
+            write_results(done, out)
+            progress.console.print(f"{result.label}: mean KL {result.mean_kl:.4f} nat, {result.seconds:.0f} s")
+
         return evaluate(
             language_model,
             tokenizer,
@@ -118,6 +127,7 @@ def run_evaluation(
             start=start,
             model_name="SmolLM2-135M-Instruct" if model == SMOLLM2 else model,
             on_step=on_step,
+            on_result=on_result,
         )
 
 

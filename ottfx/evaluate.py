@@ -44,6 +44,7 @@ def evaluate(
     prefill: int | None = None,
     model_name: str | None = None,
     on_step: OnStep | None = None,
+    on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Compare quantized caches with full precision on one text.
 
@@ -64,6 +65,7 @@ def evaluate(
         prefill: tokens of the prompt, at most `start`; `start` if None. The prompt attends in full precision.
         model_name: what the results call the model; what its config says if None.
         on_step: called after each step of a variant.
+        on_result: called with each result as soon as it is there, so that a long run can be saved as it goes.
 
     Returns:
         One result for each variant.
@@ -104,7 +106,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     reference = reference_log_probs(model, ids, start)
-    results = [_measure(model, ids, variant, reference, conditions, on_step) for variant in variants]
+    results = []
+    for variant in variants:
+        results.append(_measure(model, ids, variant, reference, conditions, on_step))
+        if on_result is not None:
+            on_result(results[-1])
     model.train(was_training)
     return results
 

@@ -48,13 +48,27 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
     result = rewrite_graph(door.gm, door.bind, door)
     if settings.on_graph is not None:
         settings.on_graph(result)
-    for refusal in result.refusals:
-        log.warning(
-            "ottfx: attention %d (%s) keeps its full-precision cache: %s", refusal.index, refusal.name, refusal.reason
-        )
+    _tell_refusals(result, settings)
     if not result.bindings:
         return _lower(gm, example_inputs, settings)
     return door.finish(result)
+
+
+def _tell_refusals(result: RewriteResult, settings: Settings) -> None:
+    """Log each reason for leaving attentions alone, with their number and names, once for each compiled model."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in result.refusals:
+        by_reason.setdefault(refusal.reason, []).append(refusal.name)
+    sites = len(result.bindings) + len(result.refusals)
+    for reason, names in by_reason.items():
+        if reason in settings.told:
+            continue
+        settings.told.add(reason)
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        log.warning(
+            "ottfx: %d of %d attentions keep their full-precision cache (%s): %s. ottfx.explain lists them all.",
+            len(names), sites, shown, reason,
+        )  # fmt: skip
 
 
 def _needs_grad(example_inputs: Sequence[Any]) -> bool:

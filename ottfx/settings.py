@@ -30,6 +30,8 @@ class Settings:
     inductor_options: dict[str, Any] = field(default_factory=dict)
     on_graph: Callable[[RewriteResult], None] | None = None
     """Called with what happened to each graph, before it is lowered."""
+    told: set[str] = field(default_factory=set)
+    """Reasons for leaving attentions alone that were logged already."""
 
 
 def make_settings(

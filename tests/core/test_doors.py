@@ -129,3 +129,14 @@ def test_who_compiled_nothing_is_told(tmp_path):
     script = "import torch, ottfx.backend\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "generate() runs the uncompiled model" in done.stderr
+
+
+def test_refusals_are_counted_and_told_once(caplog):
+    model = ottfx.compile(tiny_model("mistral-sliding"), **EAGER)
+    ids = random_tokens(2, 9)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+    told = [record.getMessage() for record in caplog.records if record.name == "ottfx"]
+    assert len(told) == 1
+    assert "2 of 2 attentions" in told[0] and "sliding window" in told[0]

@@ -294,6 +294,21 @@ def test_evaluate_measures_each_variant_and_reports_steps(dense_compile):
     assert results[0].conditions == results[1].conditions
 
 
+def test_a_run_that_breaks_off_has_reported_what_it_measured(dense_compile, monkeypatch):
+    whole, done = ottfx.compile, []
+
+    def break_at_second(model, **options):
+        if done:
+            raise RuntimeError("out of memory")
+        return whole(model, **options)
+
+    monkeypatch.setattr(ottfx, "compile", break_at_second)
+    variants = [Variant(label=label, options={}) for label in "ab"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(tiny_model("llama"), random_tokens(1, 80), variants, num_tokens=48, start=32, on_result=done.append)
+    assert [r.label for r in done] == ["a"]
+
+
 def test_evaluate_tokenizes_text(dense_compile):
     def tokenizer(text, return_tensors):
         return SimpleNamespace(input_ids=torch.tensor([[ord(c) % VOCAB_SIZE for c in text]]))
