@@ -43,6 +43,8 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], settings: Sett
             )
         log.debug("graph needs gradients: lowered without a quantized cache")
         return _lower(gm, example_inputs, settings)
+    if not gm.graph.find_nodes(op="placeholder"):
+        return _lower(gm, example_inputs, settings)
     # Dynamo reads its own graph again after the backend returns: never edit that one.
     door = _DynamoDoor(_copy(gm), example_inputs, settings)
     result = rewrite_graph(door.gm, door.bind, door)

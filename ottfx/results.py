@@ -96,7 +96,8 @@ def markdown_table(results: Sequence[Result]) -> str:
         f"| {r.top1:.3f} | {r.perplexity_ratio:.3f} |"
         for r in results
     ]
-    for c in dict.fromkeys(r.conditions for r in results):
+    # Variants that ran one after the other differ in the time of day only.
+    for c in dict.fromkeys(dataclasses.replace(r.conditions, date=r.conditions.date[:10]) for r in results):
         lines += [
             "",
             f"{c.model}, {c.dtype} on {c.device}, {c.attention} attention; {c.tokens} tokens, "

@@ -100,6 +100,11 @@ def test_a_graph_without_a_cache_is_left_alone():
     torch.testing.assert_close(got, want)
 
 
+def test_a_graph_without_inputs():
+    function = torch.compile(lambda: torch.arange(3) + 1, backend=ott, options=EAGER)
+    assert function().tolist() == [1, 2, 3]
+
+
 def test_footprint_is_what_the_tensors_hold():
     model = ottfx.compile(tiny_model("llama"), scheme="ott", **EAGER)
     with torch.no_grad():
