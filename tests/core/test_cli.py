@@ -103,7 +103,6 @@ def test_default_prompt_is_a_page_and_a_question():
     assert 450 < len(prompt.split()) < 480
 
 
-@pytest.mark.slow
 def test_real_model_answers():
     from ottfx.models import load_smollm2
 

@@ -237,7 +237,6 @@ def on_grid(x: torch.Tensor, dim: int) -> torch.Tensor:
     return ((x - low) / scale).round().clamp(0, 3) * scale + low
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("seats", "spill"), [(0, 0), (3, 3), (2, 32)], ids=["no pool", "pool 3+3", "pool 2+32"])
 def test_the_real_cache_decodes_as_an_independent_simulation_of_it(seats, spill):
     model, ids = tiny_model("llama"), random_tokens(1, 200)

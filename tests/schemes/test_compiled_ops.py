@@ -7,8 +7,6 @@ from torch._dynamo.decorators import mark_unbacked
 
 from ottfx.registry import make_config
 
-pytestmark = pytest.mark.slow
-
 CONFIGS = [
     make_config("none"),
     make_config("kivi", group_size=32, residual_length=64).at_layer(5),
@@ -29,8 +27,16 @@ def mark(store: Store, query, key, value, mask) -> None:
                 (mark_unbacked if dim == specs[name].paged_dim else torch._dynamo.mark_static)(tensor, dim)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.scheme)
-@pytest.mark.parametrize("q_len", [1, 37])
+CASES = [
+    # Inductor takes a minute and more for the larger ones.
+    pytest.param(config, q_len, id=f"{config.scheme}-{q_len}", marks=marks)
+    for config, marks in zip(CONFIGS, ((), (), pytest.mark.slow), strict=True)
+    for q_len in (1, 37)
+    for marks in [pytest.mark.slow if q_len > 1 else marks]
+]
+
+
+@pytest.mark.parametrize(("config", "q_len"), CASES)
 def test_one_graph_serves_all_lengths_and_capacities(config, q_len):
     graphs = []
 
