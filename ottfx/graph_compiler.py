@@ -23,6 +23,7 @@ from ottfx.registry import get_scheme
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
 from ottfx.settings import Settings
 from ottfx.size_reader import SizeReader
+from ottfx.source_hash import source_hash
 
 log = logging.getLogger("ottfx")
 
@@ -112,6 +113,7 @@ class _DynamoDoor:
         self._lengths_node: Node | None = None
         self._rows: dict[int, int] = {}
         self._pages: Any = None
+        self._device: torch.device | None = None
         context = TracingContext.try_get()
         self._fake_mode = context.fake_mode if context is not None else None
 
@@ -137,7 +139,7 @@ class _DynamoDoor:
             dtype=key.dtype,
             device=key.device,
         )
-        reason = scheme.check(config, shape)
+        reason = scheme.check(config, shape) or self._refuse_device(key.device)
         if reason is not None:
             return Refusal(index=site.index, name=site.name, reason=reason)
         if not self._rows and isinstance(shape.pages, torch.SymInt):
@@ -157,10 +159,9 @@ class _DynamoDoor:
     def lengths(self) -> Node:
         """The input with (past_length, key_packed, value_packed) of every site."""
         if self._lengths_node is None:
-            device = next(x.device for x in self._examples.values() if isinstance(x, Tensor))
             with self._fake_mode or nullcontext():
                 # One row for each site; sites are bound before any of them is rewritten.
-                example = torch.empty((len(self._rows), 3), dtype=torch.int64, device=device)
+                example = torch.empty((len(self._rows), 3), dtype=torch.int64, device=self._device)
             self._lengths_node = self._add("cache_lengths", StateInput(kind="lengths"), example)
         return self._lengths_node
 
@@ -187,6 +188,7 @@ class _DynamoDoor:
                 self.gm.graph.erase_node(node)
         if not self._settings.inline_cpu_ops:
             _outline_cpu_ops(result)
+        _name_after_sources(result)
         self.gm.graph.lint()
         self.gm.recompile()
         inputs = [self._examples[node] for node in kept] + [example for _, _, example in self._added]
@@ -226,6 +228,13 @@ class _DynamoDoor:
         self._added.append((node, source, example))
         return node
 
+    def _refuse_device(self, device: torch.device) -> str | None:
+        """Say why a cache on `device` cannot be rewritten here: the lengths of a call live on one device."""
+        self._device = self._device or device
+        if device != self._device:
+            return f"it is on {device}, and the first attention of this graph on {self._device}: one device a graph"
+        return None
+
     def _symbolic_pages(self) -> Any:
         """The one capacity of a call, a size that no guard can be made on: growth must not recompile."""
         if self._pages is None:
@@ -245,6 +254,17 @@ def _outline_cpu_ops(result: RewriteResult) -> None:
     for node in result.gm.graph.nodes:
         if node.op == "call_function" and node.target in ops:
             node.target = outlined(node.target)
+
+
+def _name_after_sources(result: RewriteResult) -> None:
+    """Put the hash of our sources into the graph: caches of compiled graphs see the name of an op, not its body."""
+    first = next(n for n in result.gm.graph.nodes if n.op == "call_function" and n.target in _ops_of(result))
+    first._rename(f"{first.name}_{source_hash()}")
+
+
+def _ops_of(result: RewriteResult) -> set[Any]:
+    ops = {op for binding in result.bindings for op in (binding.scheme.append_op, binding.scheme.attend_op)}
+    return ops | {outlined(op) for op in ops}
 
 
 def _value(node: Node) -> Any:
