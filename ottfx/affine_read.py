@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ottfx.affine_cache import ring_positions
+from ottfx.affine_schedule import ring_positions
 from ottfx.reference import dequantize_affine, unpack_page
 from ottfx.schemes.base import PAGE, Role
 

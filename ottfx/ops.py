@@ -1,8 +1,8 @@
 """Binds the functions of a scheme as `torch.ops.ottfx.*`, and chooses where they run.
 
 The body of such an op branches on the device: CUDA tensors go to the Triton launchers in `ottfx.kernels`, all others
-to the plain-torch definition. `torch.compile` sees through it, so that on the CPU Inductor compiles the definition
-and on CUDA it sees the kernels; no opaque call is left.
+to the plain-torch definition. `torch.compile` sees through it: on CUDA it sees the kernels, on the CPU the definition.
+On the CPU that makes much C++, so an op can have an opaque twin as well (`outlined`), which the CPU door calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx import affine_cache, affine_read
+from ottfx import affine_cache, affine_read, affine_schedule
 
 
 def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *, outline: bool = False) -> Any:
@@ -84,9 +84,7 @@ def affine_append(
         from ottfx.kernels.affine_append import append as launch
 
         launch(key, value, valid, lengths, site, **state_and_constants)
-    elif getattr(_deciding, "on", False) and not affine_cache.anything_due(
-        lengths, site, key.shape[2], state_and_constants
-    ):
+    elif _host_may_decide() and not affine_schedule.anything_due(lengths, site, key.shape[2], state_and_constants):
         affine_cache.append_to_ring(key, value, valid, lengths, site, state_and_constants)
     else:
         affine_cache.append(key, value, valid, lengths, site, **state_and_constants)
