@@ -186,9 +186,9 @@ class _DynamoDoor:
         for node in self._placeholders:
             if not node.users:
                 self.gm.graph.erase_node(node)
+        _name_after_sources(result)
         if not self._settings.inline_cpu_ops:
             _outline_cpu_ops(result)
-        _name_after_sources(result)
         self.gm.graph.lint()
         self.gm.recompile()
         inputs = [self._examples[node] for node in kept] + [example for _, _, example in self._added]
@@ -247,24 +247,22 @@ class _DynamoDoor:
         return self._pages
 
 
-def _outline_cpu_ops(result: RewriteResult) -> None:
-    ops = {
-        op for b in result.bindings if b.shape.device.type == "cpu" for op in (b.scheme.append_op, b.scheme.attend_op)
-    }
-    for node in result.gm.graph.nodes:
-        if node.op == "call_function" and node.target in ops:
-            node.target = outlined(node.target)
+def _scheme_nodes(result: RewriteResult, device_type: str | None = None) -> list[Node]:
+    """The append and attend calls of a rewritten graph, in order; of one device only, if it is named."""
+    bindings = [b for b in result.bindings if device_type in (None, b.shape.device.type)]
+    ops = {op for binding in bindings for op in (binding.scheme.append_op, binding.scheme.attend_op)}
+    return [node for node in result.gm.graph.nodes if node.op == "call_function" and node.target in ops]
 
 
 def _name_after_sources(result: RewriteResult) -> None:
     """Put the hash of our sources into the graph: caches of compiled graphs see the name of an op, not its body."""
-    first = next(n for n in result.gm.graph.nodes if n.op == "call_function" and n.target in _ops_of(result))
+    first = _scheme_nodes(result)[0]
     first._rename(f"{first.name}_{source_hash()}")
 
 
-def _ops_of(result: RewriteResult) -> set[Any]:
-    ops = {op for binding in result.bindings for op in (binding.scheme.append_op, binding.scheme.attend_op)}
-    return ops | {outlined(op) for op in ops}
+def _outline_cpu_ops(result: RewriteResult) -> None:
+    for node in _scheme_nodes(result, "cpu"):
+        node.target = outlined(node.target)
 
 
 def _value(node: Node) -> Any:
