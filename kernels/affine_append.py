@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.kernels.affine_pack import _store_tokens_kernel
 from ottfx.kernels.affine_select import _select_outliers_kernel
+from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2
 
 PAGE = 128
+STRIP = 16
+"""Tokens of a word of 2-bit value codes; those that one program packs."""
 RING_ROWS = 16
 """Tokens that one program writes into the ring."""
+
+MOST_STORING = 792
+"""Programs of a launch that store tokens: two rounds of what an H100 runs at once. Each takes several items in turn."""
+MOST_SELECTING = 264
+"""Programs of a launch that select outliers, likewise."""
 
 
 def append(
@@ -113,6 +120,7 @@ def append(
         "site": site,
         "q_len": q_len,
         "flags_per_head": most_keys_due,
+        "pairs": batch_size * num_kv_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "CAPACITY": ring,
@@ -135,7 +143,8 @@ def append(
             "BLOCK_SEATS": max(next_power_of_2(outlier_capacity), 4),
             "NORM": score_norm,
         }
-        launch(_select_outliers_kernel, (batch_size * num_kv_heads,), arguments, num_warps=4, num_stages=1)
+        grid = (torch.sym_min(batch_size * num_kv_heads, MOST_SELECTING),)
+        launch(_select_outliers_kernel, grid, arguments, num_warps=4, num_stages=1)
 
     one_schedule = (key_window, key_step) == (value_window, value_step)
     pack = common | {
@@ -161,8 +170,8 @@ def append(
         "BLOCK_D": next_power_of_2(head_dim),
         "RING_ROWS": RING_ROWS,
     }
-    key_items = _most_pages(q_len, key_step) * (head_dim // chunk)
-    value_items = _most_pages(q_len, value_step) * (PAGE // 16)
+    key_items = _most_blocks(q_len, key_step, PAGE) * (head_dim // chunk)
+    value_items = _most_blocks(q_len, value_step, STRIP)
     # With write-back every row of the ring may change, otherwise only those of the new tokens.
     ring_items = -(-(torch.sym_min(q_len, ring) if one_schedule else ring) // RING_ROWS)
     # One launch will do if no new token takes the row of one that is still to be packed.
@@ -173,11 +182,11 @@ def append(
         launches = [(key_items, value_items, 0), (0, 0, ring_items)]
     for items in launches:
         arguments = pack | dict(zip(("key_items", "value_items", "ring_items"), items, strict=True))
-        grid = (batch_size * num_kv_heads * sum(items),)
+        grid = (torch.sym_min(batch_size * num_kv_heads * sum(items), MOST_STORING),)
         launch(_store_tokens_kernel, grid, arguments, num_warps=4, num_stages=1)
 
 
-def _most_pages(q_len: Any, step: int) -> Any:
-    # Pages that the tokens due in one call can touch. They end on a multiple of step.
+def _most_blocks(q_len: Any, step: int, size: int) -> Any:
+    # Blocks of `size` tokens that the tokens due in one call can touch. They end on a multiple of step.
     due = -(-q_len // step) * step
-    return (due + 2 * PAGE - 1 - math.gcd(step, PAGE)) // PAGE
+    return (due + 2 * size - 1 - math.gcd(step, size)) // size

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from ottfx.kernels.affine_combine import _combine_kernel
+from ottfx.kernels.affine_decode import _decode_kernel
 from ottfx.kernels.affine_split import _attend_kernel
+from ottfx.kernels.decode_plan import K_WIDTH, MOST_ROWS, TILE, combine_channels, decode_plan
 from ottfx.kernels.launch import at_most, dense_rows, launch, next_power_of_2
 
 PAGE = 128
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def attend(
@@ -73,21 +76,10 @@ def attend(
     num_kv_heads = key.shape[1]
     queries_per_kv = num_heads // num_kv_heads
     rows = q_len * queries_per_kv
-    exact = query.dtype == torch.float32
-    block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
-    row_blocks = -(-rows // block_m)
-    # Enough programs to fill a GPU at batch 1; a long chunk has them in its row blocks already.
-    most_splits = min(max(256 // num_kv_heads, 4), 32)
-    splits = torch.sym_max(1, most_splits // row_blocks)
     pool_rows = 0 if outlier_key is None else outlier_key.shape[2]
-
-    partial = torch.empty(
-        (batch_size * num_kv_heads * rows, splits + 1, head_dim), dtype=torch.float32, device=query.device
-    )
-    log_sum = torch.empty((batch_size * num_kv_heads * rows, splits + 1), dtype=torch.float32, device=query.device)
-    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
     additive = mask is not None and mask.is_floating_point()
     mask_strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
+    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
     arguments: dict[str, Any] = {
         "query_ptr": query,
         "key_ptr": key,
@@ -105,8 +97,6 @@ def attend(
         "outlier_key_ptr": outlier_key if pool_rows else key_residual,
         "outlier_position_ptr": outlier_position if pool_rows else lengths,
         "outlier_value_ptr": outlier_value if pool_rows else value_residual,
-        "partial_ptr": partial,
-        "log_sum_ptr": log_sum,
         "stride_query_batch": query.stride(0),
         "stride_query_head": query.stride(1),
         "stride_query_token": query.stride(2),
@@ -123,7 +113,6 @@ def attend(
         "site": site,
         "q_len": q_len,
         "pages": key_codes.shape[2],
-        "splits": splits,
         "softmax_scale": softmax_scale,
         "NUM_KV_HEADS": num_kv_heads,
         "QUERIES_PER_KV": queries_per_kv,
@@ -132,30 +121,71 @@ def attend(
         "KEY_BITS": key_bits,
         "VALUE_BITS": value_bits,
         "GROUP": PAGE // key_scale.shape[3],
-        "VALUE_GROUPS": value_scale.shape[3],
         "POOL_ROWS": pool_rows,
-        "MASK": 0 if mask is None else 2 if additive else 1,
-        "MASK_FLOOR": torch.finfo(mask.dtype).min / 2 if mask is not None and additive else 0.0,
-        "PRECISION": "ieee" if exact else "tf32",
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_D": next_power_of_2(head_dim),
     }
-    grid = (batch_size * num_kv_heads, splits + 1, row_blocks)
+    if query.dtype in HALVES and value_scale.shape[3] == 1 and at_most(rows, MOST_ROWS) and not additive:
+        plan = decode_plan(
+            pairs=batch_size * num_kv_heads,
+            num_kv_heads=num_kv_heads,
+            rows=rows,
+            head_dim=head_dim,
+            bits=(key_bits, value_bits),
+            group_size=arguments["GROUP"],
+            ring_rows=arguments["CAPACITY"],
+            pages=arguments["pages"],
+        )
+        arguments |= {
+            "MASK": mask is not None,
+            "ONE_MASK": mask is not None and mask.shape[1] == 1 and at_most(q_len, 1),
+            "SINGLE": plan.single,
+            "COLUMNS": plan.columns,
+            "TILE": TILE,
+            "BLOCK_D": plan.block_d,
+            "WINDOW_PARTS": plan.window_parts,
+            # With a pool both halves are packed by whole groups (docs/storage.md).
+            "WHOLE_TILES": outlier_key is not None and arguments["GROUP"] % TILE == 0,
+            "K_WIDTH": K_WIDTH,
+        }
+        kernel, num_warps, max_registers = _decode_kernel, 1, plan.max_registers
+        splits, most_splits, extra, row_blocks = plan.splits, plan.most_splits, plan.window_parts, plan.row_blocks
+    else:
+        exact = query.dtype == torch.float32
+        block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
+        row_blocks = -(-rows // block_m)
+        # Enough programs to fill a GPU at batch 1; a long chunk has them in its row blocks already.
+        most_splits = min(max(256 // num_kv_heads, 4), 32)
+        splits, extra = torch.sym_max(1, most_splits // row_blocks), 1
+        arguments |= {
+            "VALUE_GROUPS": value_scale.shape[3],
+            "MASK": 0 if mask is None else 2 if additive else 1,
+            "MASK_FLOOR": torch.finfo(mask.dtype).min / 2 if mask is not None and additive else 0.0,
+            "PRECISION": "ieee" if exact else "tf32",
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_D": next_power_of_2(head_dim),
+        }
+        kernel, max_registers = _attend_kernel, None
+    parts = splits + extra
+    all_rows = batch_size * num_kv_heads * rows
+    partial = torch.empty((all_rows, parts, head_dim), dtype=torch.float32, device=query.device)
+    log_sum = torch.empty((all_rows, parts), dtype=torch.float32, device=query.device)
+    arguments |= {"partial_ptr": partial, "log_sum_ptr": log_sum, "splits": splits}
     # More stages would send the words through shared memory.
-    launch(_attend_kernel, grid, arguments, num_warps=num_warps, num_stages=1)
+    launch(kernel, (batch_size * num_kv_heads, parts, row_blocks), arguments, num_warps, 1, max_registers)
+    block_parts = next_power_of_2(most_splits + extra)
+    block_d = combine_channels(block_parts, head_dim)
     arguments = {
         "partial_ptr": partial,
         "log_sum_ptr": log_sum,
         "output_ptr": output,
         "q_len": q_len,
-        "parts": splits + 1,
+        "parts": parts,
         "QUERIES_PER_KV": queries_per_kv,
         "HEAD_DIM": head_dim,
-        "BLOCK_PARTS": next_power_of_2(most_splits + 1),
-        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_PARTS": block_parts,
+        "BLOCK_D": block_d,
     }
-    launch(_combine_kernel, (batch_size * num_kv_heads * rows,), arguments, num_warps=4, num_stages=1)
+    launch(_combine_kernel, (all_rows, -(-head_dim // block_d)), arguments, num_warps=4, num_stages=1)
     return output
 
 

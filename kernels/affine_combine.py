@@ -11,7 +11,7 @@ def _combine_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
-    channel = tl.arange(0, BLOCK_D)
+    channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     log_sum = tl.load(log_sum_ptr + row * parts + part, mask=part < parts, other=float("-inf"))
     # A part that saw nothing wrote no result.
     seen = log_sum > float("-inf")

@@ -67,127 +67,144 @@ def _copy_seats(
         tl.store(target, rows.to(pool_ptr.dtype.element_ty), mask=live[:, None] & in_row[None, :])
 
 
-@triton.jit(do_not_specialize=["site", "q_len", "flags_per_head"])
+@triton.jit
+def _select_in_head(
+    pair, key_ptr, value_ptr, valid_ptr, key_residual_ptr, value_residual_ptr, residual_valid_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, value_outlier_position_ptr, spill_count_ptr, replaced_ptr,
+    stride_key_token, stride_value_token, past, key_packed, key_end,
+    HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr, SEATS: tl.constexpr, SPILL: tl.constexpr,
+    BLOCK_SEATS: tl.constexpr, NORM: tl.constexpr, HAS_VALID: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    # All groups that are due of one (sequence, kv head), in order. The pointers are its own, the spill count's is not.
+    LIMIT: tl.constexpr = SPILL if SPILL > 1 else 1
+    seat = tl.arange(0, BLOCK_SEATS)
+    member = tl.arange(0, GROUP)
+    position = tl.load(outlier_position_ptr + seat, mask=seat < SEATS, other=-1)
+    origin = seat
+    # With past = 0 and the seat numbers as tokens the pool itself is read as if it were new tokens.
+    pool_score = _token_scores(
+        outlier_key_ptr, HEAD_DIM, outlier_key_ptr, seat, 0, position >= 0,
+        NORM, CAPACITY, HEAD_DIM, CHUNK, BLOCK_SEATS,
+    )  # fmt: skip
+    spilled = tl.load(spill_count_ptr + pair)
+    changed = 0
+
+    for start in tl.range(key_packed, key_end, GROUP):
+        token = start + member
+        flag = tl.zeros([GROUP], tl.int8)
+        if spilled < LIMIT:
+            real = load_real(valid_ptr, residual_valid_ptr, token, past, token >= 0, CAPACITY, HAS_VALID)
+            score = _token_scores(
+                key_ptr, stride_key_token, key_residual_ptr, token, past, real,
+                NORM, CAPACITY, HEAD_DIM, CHUNK, GROUP,
+            )  # fmt: skip
+            seated = position >= 0
+            # Rank among group and pool together: lower score first, then the pool, then the earlier one.
+            pool_first = seated[:, None] & (pool_score[:, None] <= score[None, :])
+            group_first = real[None, :] & (score[None, :] < pool_score[:, None])
+            earlier = (score[:, None] == score[None, :]) & (member[:, None] < member[None, :])
+            before = real[:, None] & ((score[:, None] < score[None, :]) | earlier)
+            rank = tl.sum(pool_first.to(tl.int32), axis=0) + tl.sum(before.to(tl.int32), axis=0)
+            tied = (pool_score[:, None] == pool_score[None, :]) & (seat[:, None] < seat[None, :])
+            pool_before = seated[:, None] & ((pool_score[:, None] < pool_score[None, :]) | tied)
+            pool_rank = tl.sum(group_first.to(tl.int32), axis=1) + tl.sum(pool_before.to(tl.int32), axis=0)
+
+            winner = real & (rank < SEATS)
+            displaced = seated & (pool_rank >= SEATS)
+            displaced_count = tl.sum(displaced.to(tl.int32), axis=0)
+            if spilled + displaced_count > SPILL:
+                spilled = LIMIT + spilled * 0
+            else:
+                if displaced_count > 0:
+                    # The row comes from memory, not from `spilled`: what a store's address depends on through a
+                    # call counts as mutated when the kernel is traced.
+                    first_row = SEATS + tl.load(spill_count_ptr + pair)
+                    order = tl.cumsum(displaced.to(tl.int32), axis=0) - 1
+                    # [row from first_row on, seat]
+                    moves = displaced[None, :] & (order[None, :] == seat[:, None])
+                    moved = tl.sum(moves.to(tl.int32), axis=1) > 0
+                    moved_position = tl.sum(tl.where(moves, position[None, :], 0), axis=1)
+                    moved_origin = tl.sum(tl.where(moves, origin[None, :], 0), axis=1)
+                    row = first_row + seat
+                    _copy_seats(
+                        outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, moved_position, moved_origin,
+                        moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
+                    )  # fmt: skip
+                    _copy_seats(
+                        outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, moved_position,
+                        moved_origin, moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
+                    )  # fmt: skip
+                    tl.store(outlier_position_ptr + row, moved_position, mask=moved)
+                    tl.store(value_outlier_position_ptr + row, moved_position, mask=moved)
+                    tl.store(spill_count_ptr + pair, spilled + displaced_count)
+                    tl.debug_barrier()
+                # [new seat, candidate]
+                from_group = winner[None, :] & (rank[None, :] == seat[:, None])
+                from_pool = (seated & (pool_rank < SEATS))[None, :] & (pool_rank[None, :] == seat[:, None])
+                taken = tl.sum(from_group.to(tl.int32), axis=1)
+                kept = tl.sum(from_pool.to(tl.int32), axis=1)
+                pool_score = tl.sum(tl.where(from_group, score[None, :], 0.0), axis=1) + tl.sum(
+                    tl.where(from_pool, pool_score[None, :], 0.0), axis=1
+                )
+                origin = tl.sum(tl.where(from_pool, origin[None, :], 0), axis=1) - taken
+                position = (
+                    tl.sum(tl.where(from_group, token[None, :], 0), axis=1)
+                    + tl.sum(tl.where(from_pool, position[None, :], 0), axis=1)
+                    - (1 - taken - kept)
+                )
+                spilled += displaced_count
+                changed += tl.sum(taken, axis=0)
+                flag = winner.to(tl.int8)
+        tl.store(replaced_ptr + (token - key_packed), flag)
+
+    tl.store(spill_count_ptr + pair, spilled)
+    if changed > 0:
+        live = (seat < SEATS) & (position >= 0)
+        _copy_seats(
+            outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, position, origin, live, seat, past,
+            CAPACITY, HEAD_DIM, CHUNK,
+        )  # fmt: skip
+        _copy_seats(
+            outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, position, origin, live, seat,
+            past, CAPACITY, HEAD_DIM, CHUNK,
+        )  # fmt: skip
+        tl.store(outlier_position_ptr + seat, position, mask=seat < SEATS)
+        tl.store(value_outlier_position_ptr + seat, position, mask=seat < SEATS)
+
+
+@triton.jit(do_not_specialize=["site", "q_len", "flags_per_head", "pairs"])
 def _select_outliers_kernel(
     key_ptr, value_ptr, valid_ptr, lengths_ptr, key_residual_ptr, value_residual_ptr, residual_valid_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, value_outlier_position_ptr, spill_count_ptr, replaced_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
-    site, q_len, flags_per_head,
+    site, q_len, flags_per_head, pairs,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, STEP: tl.constexpr, SEATS: tl.constexpr, SPILL: tl.constexpr, BLOCK_SEATS: tl.constexpr,
     NORM: tl.constexpr, HAS_VALID: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0).to(tl.int64)
-    batch = pair // NUM_KV_HEADS
-    head = pair % NUM_KV_HEADS
     past = tl.load(lengths_ptr + site * 3).to(tl.int32)
     key_packed = tl.load(lengths_ptr + site * 3 + 1).to(tl.int32)
     key_end = packed_end(past + q_len, key_packed, WINDOW, STEP)
-
-    key_ptr += batch * stride_key_batch + head * stride_key_head
-    value_ptr += batch * stride_value_batch + head * stride_value_head
-    valid_ptr += batch * q_len
-    residual_valid_ptr += batch * CAPACITY
-    key_residual_ptr += pair * CAPACITY * HEAD_DIM
-    value_residual_ptr += pair * CAPACITY * HEAD_DIM
-    outlier_key_ptr += pair * (SEATS + SPILL) * HEAD_DIM
-    outlier_value_ptr += pair * (SEATS + SPILL) * HEAD_DIM
-    outlier_position_ptr += pair * (SEATS + SPILL)
-    value_outlier_position_ptr += pair * (SEATS + SPILL)
-    replaced_ptr += pair * flags_per_head
-
-    LIMIT: tl.constexpr = SPILL if SPILL > 1 else 1
-    if key_end > key_packed:
-        seat = tl.arange(0, BLOCK_SEATS)
-        member = tl.arange(0, GROUP)
-        position = tl.load(outlier_position_ptr + seat, mask=seat < SEATS, other=-1)
-        origin = seat
-        # With past = 0 and the seat numbers as tokens the pool itself is read as if it were new tokens.
-        pool_score = _token_scores(
-            outlier_key_ptr, HEAD_DIM, outlier_key_ptr, seat, 0, position >= 0,
-            NORM, CAPACITY, HEAD_DIM, CHUNK, BLOCK_SEATS,
+    # In most decode steps nothing is due.
+    end = pairs * (key_end > key_packed).to(tl.int32)
+    for index in tl.range(tl.program_id(0), end, tl.num_programs(0)):
+        pair = tl.cast(index, tl.int64)
+        batch = pair // NUM_KV_HEADS
+        head = pair % NUM_KV_HEADS
+        _select_in_head(
+            pair,
+            key_ptr + batch * stride_key_batch + head * stride_key_head,
+            value_ptr + batch * stride_value_batch + head * stride_value_head,
+            valid_ptr + batch * q_len,
+            key_residual_ptr + pair * CAPACITY * HEAD_DIM,
+            value_residual_ptr + pair * CAPACITY * HEAD_DIM,
+            residual_valid_ptr + batch * CAPACITY,
+            outlier_key_ptr + pair * (SEATS + SPILL) * HEAD_DIM,
+            outlier_position_ptr + pair * (SEATS + SPILL),
+            outlier_value_ptr + pair * (SEATS + SPILL) * HEAD_DIM,
+            value_outlier_position_ptr + pair * (SEATS + SPILL),
+            spill_count_ptr,
+            replaced_ptr + pair * flags_per_head,
+            stride_key_token, stride_value_token, past, key_packed, key_end,
+            HEAD_DIM, CAPACITY, GROUP, SEATS, SPILL, BLOCK_SEATS, NORM, HAS_VALID, CHUNK,
         )  # fmt: skip
-        spilled = tl.load(spill_count_ptr + pair)
-        changed = 0
-
-        for start in tl.range(key_packed, key_end, GROUP):
-            token = start + member
-            flag = tl.zeros([GROUP], tl.int8)
-            if spilled < LIMIT:
-                real = load_real(valid_ptr, residual_valid_ptr, token, past, token >= 0, CAPACITY, HAS_VALID)
-                score = _token_scores(
-                    key_ptr, stride_key_token, key_residual_ptr, token, past, real,
-                    NORM, CAPACITY, HEAD_DIM, CHUNK, GROUP,
-                )  # fmt: skip
-                seated = position >= 0
-                # Rank among group and pool together: lower score first, then the pool, then the earlier one.
-                pool_first = seated[:, None] & (pool_score[:, None] <= score[None, :])
-                group_first = real[None, :] & (score[None, :] < pool_score[:, None])
-                earlier = (score[:, None] == score[None, :]) & (member[:, None] < member[None, :])
-                before = real[:, None] & ((score[:, None] < score[None, :]) | earlier)
-                rank = tl.sum(pool_first.to(tl.int32), axis=0) + tl.sum(before.to(tl.int32), axis=0)
-                tied = (pool_score[:, None] == pool_score[None, :]) & (seat[:, None] < seat[None, :])
-                pool_before = seated[:, None] & ((pool_score[:, None] < pool_score[None, :]) | tied)
-                pool_rank = tl.sum(group_first.to(tl.int32), axis=1) + tl.sum(pool_before.to(tl.int32), axis=0)
-
-                winner = real & (rank < SEATS)
-                displaced = seated & (pool_rank >= SEATS)
-                displaced_count = tl.sum(displaced.to(tl.int32), axis=0)
-                if spilled + displaced_count > SPILL:
-                    spilled = LIMIT + spilled * 0
-                else:
-                    if displaced_count > 0:
-                        # The row comes from memory, not from `spilled`: what a store's address depends on through a
-                        # call counts as mutated when the kernel is traced.
-                        first_row = SEATS + tl.load(spill_count_ptr + pair)
-                        order = tl.cumsum(displaced.to(tl.int32), axis=0) - 1
-                        # [row from first_row on, seat]
-                        moves = displaced[None, :] & (order[None, :] == seat[:, None])
-                        moved = tl.sum(moves.to(tl.int32), axis=1) > 0
-                        moved_position = tl.sum(tl.where(moves, position[None, :], 0), axis=1)
-                        moved_origin = tl.sum(tl.where(moves, origin[None, :], 0), axis=1)
-                        row = first_row + seat
-                        _copy_seats(
-                            outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, moved_position, moved_origin,
-                            moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
-                        )  # fmt: skip
-                        _copy_seats(
-                            outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, moved_position,
-                            moved_origin, moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
-                        )  # fmt: skip
-                        tl.store(outlier_position_ptr + row, moved_position, mask=moved)
-                        tl.store(value_outlier_position_ptr + row, moved_position, mask=moved)
-                        tl.store(spill_count_ptr + pair, spilled + displaced_count)
-                        tl.debug_barrier()
-                    # [new seat, candidate]
-                    from_group = winner[None, :] & (rank[None, :] == seat[:, None])
-                    from_pool = (seated & (pool_rank < SEATS))[None, :] & (pool_rank[None, :] == seat[:, None])
-                    taken = tl.sum(from_group.to(tl.int32), axis=1)
-                    kept = tl.sum(from_pool.to(tl.int32), axis=1)
-                    pool_score = tl.sum(tl.where(from_group, score[None, :], 0.0), axis=1) + tl.sum(
-                        tl.where(from_pool, pool_score[None, :], 0.0), axis=1
-                    )
-                    origin = tl.sum(tl.where(from_pool, origin[None, :], 0), axis=1) - taken
-                    position = (
-                        tl.sum(tl.where(from_group, token[None, :], 0), axis=1)
-                        + tl.sum(tl.where(from_pool, position[None, :], 0), axis=1)
-                        - (1 - taken - kept)
-                    )
-                    spilled += displaced_count
-                    changed += tl.sum(taken, axis=0)
-                    flag = winner.to(tl.int8)
-            tl.store(replaced_ptr + (token - key_packed), flag)
-
-        tl.store(spill_count_ptr + pair, spilled)
-        if changed > 0:
-            live = (seat < SEATS) & (position >= 0)
-            _copy_seats(
-                outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, position, origin, live, seat, past,
-                CAPACITY, HEAD_DIM, CHUNK,
-            )  # fmt: skip
-            _copy_seats(
-                outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, position, origin, live, seat,
-                past, CAPACITY, HEAD_DIM, CHUNK,
-            )  # fmt: skip
-            tl.store(outlier_position_ptr + seat, position, mask=seat < SEATS)
-            tl.store(value_outlier_position_ptr + seat, position, mask=seat < SEATS)

@@ -13,11 +13,25 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 WIDEST_CHUNK = 32
 
 
-def launch(kernel: Any, grid: tuple[Any, ...], arguments: Mapping[str, Any], num_warps: int, num_stages: int) -> None:
-    """Start `kernel` on `grid` (ints or SymInts) with all its arguments by name."""
+def launch(
+    kernel: Any,
+    grid: tuple[Any, ...],
+    arguments: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    max_registers: int | None = None,
+) -> None:
+    """Start `kernel` on `grid` (ints or SymInts) with all its arguments by name.
+
+    `max_registers` limits those of a thread where the kernel starts at once; a trace cannot carry it.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     if isinstance(kernel, triton.JITFunction):
-        kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        traceable = torch.library.wrap_triton(kernel)
+        if traceable is kernel and max_registers is not None:
+            options["maxnreg"] = max_registers
+        kernel = traceable
+    kernel[grid](**arguments, **options)
 
 
 def at_most(size: Any, bound: int) -> bool:

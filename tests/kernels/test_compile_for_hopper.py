@@ -12,9 +12,11 @@ from pathlib import Path  # noqa: E402
 
 from ottfx.kernels.affine_attend import tile_sizes  # noqa: E402
 from ottfx.kernels.affine_combine import _combine_kernel  # noqa: E402
-from ottfx.kernels.affine_pack import _store_tokens_kernel  # noqa: E402
+from ottfx.kernels.affine_decode import _decode_kernel  # noqa: E402
 from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
 from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
+from ottfx.kernels.affine_store import _store_tokens_kernel  # noqa: E402
+from ottfx.kernels.decode_plan import K_WIDTH, LEAN_REGISTERS, TILE, decode_plan  # noqa: E402
 from ottfx.kernels.launch import channel_chunk, next_power_of_2  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -32,7 +34,7 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compile_kernel(kernel, constants, dtype, num_warps, mask="i1"):
+def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", **options):
     try:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -50,7 +52,7 @@ def compile_kernel(kernel, constants, dtype, num_warps, mask="i1"):
         if name.endswith("_ptr") or (name.startswith("stride") and "mask" not in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": 1}
+    options = {"num_warps": num_warps, "num_stages": 1} | options
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -63,6 +65,39 @@ def stack_bytes(compiled, folder):
     command = [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return int(re.search(r"STACK:(\d+)", report).group(1))
+
+
+def loop_instructions(compiled, folder):
+    """Opcodes of the loop that has the most products of the tensor cores."""
+    nvdisasm = CUOBJDUMP.with_name("nvdisasm")
+    if not nvdisasm.exists():
+        pytest.skip("this Triton has no nvdisasm")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    lines = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    lines = lines.splitlines()
+    starts = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_\w+):", line))}
+    loops = []
+    for end, line in enumerate(lines):
+        target = re.search(r"BRA\s.*(\.L_\w+)", line)
+        if target and starts.get(target[1], end) < end:
+            body = "\n".join(lines[starts[target[1]] : end])
+            loops.append(re.findall(r"/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z0-9_]+)", body))
+    return max(loops, key=lambda body: body.count("HMMA"))
+
+
+def decode_constants(head_dim, bits, group_size, rows, mask):
+    plan = decode_plan(
+        pairs=64, num_kv_heads=8, rows=rows, head_dim=head_dim, bits=bits, group_size=group_size, ring_rows=160,
+        pages=64,
+    )  # fmt: skip
+    constants = {
+        "NUM_KV_HEADS": 8, "QUERIES_PER_KV": rows, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0],
+        "VALUE_BITS": bits[1], "GROUP": group_size, "POOL_ROWS": 35, "MASK": mask, "ONE_MASK": True,
+        "SINGLE": plan.single, "COLUMNS": plan.columns, "TILE": TILE, "BLOCK_D": plan.block_d,
+        "WINDOW_PARTS": plan.window_parts, "WHOLE_TILES": group_size % TILE == 0, "K_WIDTH": K_WIDTH,
+    }  # fmt: skip
+    return constants, plan.max_registers
 
 
 def attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask):
@@ -112,6 +147,40 @@ def test_attend_compiles_without_spills(dtype, head_dim, bits, group_size, value
     constants, num_warps = attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask)
     compiled = compile_kernel(_attend_kernel, constants, dtype, num_warps, mask=dtype if mask == 2 else "i1")
     assert stack_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "dtype, head_dim, rows, mask",
+    [
+        ("bf16", 128, 4, False),
+        ("fp16", 128, 1, True),
+        pytest.param("fp16", 64, 8, True, marks=pytest.mark.slow),
+        pytest.param("bf16", 64, 1, False, marks=pytest.mark.slow),
+        pytest.param("bf16", 80, 1, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, rows, mask, tmp_path):
+    constants, max_registers = decode_constants(head_dim, (2, 2), 128, rows, mask)
+    assert max_registers == LEAN_REGISTERS
+    compiled = compile_kernel(_decode_kernel, constants, dtype, 1, maxnreg=max_registers)
+    # One or two words of a mask's addresses, outside the loop, are all that some compilers put on the stack.
+    assert stack_bytes(compiled, tmp_path) <= (0 if (head_dim, mask) == (128, False) else 16)
+    instructions = loop_instructions(compiled, tmp_path)
+    # Codes reach the tensor cores where they were loaded: only weights and maxima cross lanes, nothing shared memory.
+    assert sum(name == "SHFL" for name in instructions) <= (40 if mask else 24)
+    assert mask or not {"LDS", "STS", "LDSM", "STSM", "BAR"} & set(instructions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "head_dim, bits, group_size, rows",
+    [(128, (4, 4), 128, 4), (128, (3, 3), 128, 1), (128, (2, 4), 32, 4), (256, (2, 2), 128, 2), (128, (8, 8), 64, 16)],
+    ids=str,
+)
+def test_decode_compiles(head_dim, bits, group_size, rows):
+    constants, _ = decode_constants(head_dim, bits, group_size, rows, False)
+    assert compile_kernel(_decode_kernel, constants, "bf16", 1).asm["cubin"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""Kernel of attention for a few query rows over paged affine storage (docs/storage.md).
+
+Programs `0 .. splits - 1` of a (sequence, kv head) share the packed tokens, the WINDOW_PARTS behind them what is in
+full precision; each leaves a part for `ottfx/kernels/affine_combine.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from ottfx.kernels.decode_packed import attend_packed
+from ottfx.kernels.decode_window import attend_window
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "site", "q_len", "pages", "splits", "stride_mask_batch", "stride_mask_head", "stride_mask_query",
+    ]
+)  # fmt: skip
+def _decode_kernel(
+    query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+    stride_query_batch, stride_query_head, stride_query_token,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
+    site, q_len, pages, splits, softmax_scale,
+    NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
+    POOL_ROWS: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, K_WIDTH: tl.constexpr,
+):  # fmt: skip
+    # Inductor passes a Python float as fp64.
+    score_factor = tl.cast(softmax_scale, tl.float32) * LOG2_E
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch = pair // NUM_KV_HEADS
+    head = pair % NUM_KV_HEADS
+    past = tl.load(lengths_ptr + site * 3).to(tl.int32)
+    packed = tl.load(lengths_ptr + site * 3 + 2).to(tl.int32)
+
+    # Column = one query token of one query head; heads vary fastest. A single one stands in all columns.
+    rows = q_len * QUERIES_PER_KV
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    if SINGLE:
+        live_columns = column == 0
+        column = column * 0
+    else:
+        live_columns = column < rows
+    slot = (pair * rows + column) * (splits + WINDOW_PARTS) + split
+    query_token = (column // QUERIES_PER_KV).to(tl.int64)
+    query_head = head * QUERIES_PER_KV + column % QUERIES_PER_KV
+    query_offset = batch * stride_query_batch + query_head * stride_query_head + query_token * stride_query_token
+    mask_ptr += batch * stride_mask_batch
+    mask_offset = query_head * stride_mask_head + query_token * stride_mask_query
+
+    if split < splits:
+        tiles = tl.cdiv(packed, TILE)
+        share = tl.cdiv(tiles, splits)
+        first_tile = split * share
+        if first_tile >= tiles:
+            tl.store(log_sum_ptr + slot, tl.full([COLUMNS], float("-inf"), tl.float32), mask=live_columns)
+        else:
+            attend_packed(
+                pair, head, first_tile, tl.minimum(first_tile + share, tiles), packed,
+                query_ptr + batch * stride_query_batch, mask_ptr, score_factor, rows, slot, live_columns, mask_offset,
+                key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+                value_codes_ptr, value_scale_ptr, value_zero_point_ptr, partial_ptr, log_sum_ptr,
+                stride_query_head, stride_query_token, stride_mask_token, pages,
+                QUERIES_PER_KV, HEAD_DIM, KEY_BITS, VALUE_BITS, GROUP, MASK, ONE_MASK, SINGLE, COLUMNS, TILE, BLOCK_D,
+                WHOLE_TILES, K_WIDTH,
+            )  # fmt: skip
+    else:
+        attend_window(
+            pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,
+            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+            outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+            stride_key_batch, stride_key_head, stride_key_token,
+            stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
+            HEAD_DIM, CAPACITY, POOL_ROWS, MASK, COLUMNS, BLOCK_D, WINDOW_PARTS,
+        )  # fmt: skip

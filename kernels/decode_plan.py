@@ -1,0 +1,111 @@
+"""Sizes of the decode kernel by shape: a table found by measurement on an H100, not by tuning at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from ottfx.kernels.launch import at_most, next_power_of_2
+
+MOST_ROWS = 64
+"""Query rows of one kv head up to which the decode kernel is used."""
+K_WIDTH = 4 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8) else 2
+"""Neighbours along the contraction that this Triton gives a lane when an operand comes from `tl.join`."""
+TILE = 64
+"""Tokens of a step of the kernel: half a page."""
+WINDOW_SHARE = 64
+"""Tokens of the ring that one program reads; as in decode_window.py."""
+MULTIPROCESSORS = 132
+LEAN_REGISTERS = 168
+"""Registers of a program that leave room for 12 on a multiprocessor; the other configurations take 255, for 8."""
+TILES_OF_OVERHEAD = 2
+"""What starting a program and joining its part cost, in tiles of work."""
+MOST_COMBINED = 8192
+"""Numbers that a program of the combination holds at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodePlan:
+    """How a call of the decode kernel is cut into programs of one warp."""
+
+    single: bool
+    """One query row: it stands in all columns, and every column takes its own tokens."""
+    columns: int
+    """Query rows of a program: 8 or 16."""
+    block_d: int
+    """Channels, padded to a power of two."""
+    row_blocks: Any
+    splits: Any
+    """Programs that share the packed tokens of one (sequence, kv head)."""
+    most_splits: int
+    """An upper bound of `splits` that is no symbol."""
+    window_parts: int
+    """Programs that share its full-precision window."""
+    max_registers: int | None
+
+
+def decode_plan(
+    *,
+    pairs: Any,
+    num_kv_heads: int,
+    rows: Any,
+    head_dim: int,
+    bits: tuple[int, int],
+    group_size: int,
+    ring_rows: int,
+    pages: Any,
+) -> DecodePlan:
+    """Choose the sizes for a shape.
+
+    Args:
+        pairs: sequences times kv heads; may be symbolic, as may `rows` and `pages`.
+        num_kv_heads: kv heads of one sequence.
+        rows: query rows of one kv head, at most `MOST_ROWS`.
+        head_dim: channels.
+        bits: widths of key and value codes.
+        group_size: tokens of a key group.
+        ring_rows: tokens of the full-precision window.
+        pages: capacity of the cache.
+    """
+    single = at_most(rows, 1)
+    columns = 8 if at_most(rows, 8) else 16
+    row_blocks = -(-rows // columns)
+    lean = bits == (2, 2) and head_dim <= 128 and group_size >= TILE and columns == 8
+    slots = MULTIPROCESSORS * (12 if lean else 8)
+    programs = pairs * row_blocks
+    if isinstance(programs, int) and isinstance(pages, int):
+        splits = best_splits(programs, pages * (128 // TILE), slots)
+        most_splits = splits
+    else:
+        splits = torch.sym_max(1, slots // programs)
+        most_splits = max(slots // num_kv_heads, 1)
+    return DecodePlan(
+        single=single,
+        columns=columns,
+        block_d=max(next_power_of_2(head_dim), 64),
+        row_blocks=row_blocks,
+        splits=splits,
+        most_splits=most_splits,
+        window_parts=-(-ring_rows // WINDOW_SHARE),
+        max_registers=LEAN_REGISTERS if lean else None,
+    )
+
+
+@lru_cache(maxsize=256)
+def best_splits(programs: int, tiles: int, slots: int) -> int:
+    """Return into how many shares to cut `tiles` of each of `programs`, of which `slots` run at once."""
+
+    def time(splits: int) -> float:
+        waves = -(-programs * splits // slots)
+        return waves * (-(-tiles // splits) + TILES_OF_OVERHEAD)
+
+    return min(range(1, max(1, min(tiles, 4 * slots // programs, slots)) + 1), key=time)
+
+
+def combine_channels(parts: int, head_dim: int) -> int:
+    """Return how many channels a program combines at once, a power of two: what fits its registers."""
+    return min(max(MOST_COMBINED // parts, 16), next_power_of_2(head_dim))
