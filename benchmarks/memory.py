@@ -1,113 +1,123 @@
 """Memory of a long decode: bytes of the cache and peak over the weights, beside the stock cache in the same run.
 
-`python -m benchmarks.memory --shape llama-2-7b --batch-size 8 --length 8192` on a GPU.
+`python -m benchmarks.memory --shape llama-2-7b --batch-size 8 --length 8192` on a GPU. The prompt is read in chunks.
 """
 
 from __future__ import annotations
 
-import gc
-import time
-from datetime import date
-from pathlib import Path
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
 
 import torch
-import transformers
-import typer
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import ottfx
-from benchmarks.results import write_csv
-from benchmarks.shapes import random_model
+from benchmarks.configurations import (
+    CONFIGURATIONS,
+    FORWARD_ONLY,
+    add_model_options,
+    configured,
+    model_labels,
+    model_of,
+    new_cache,
+    quantization_of,
+)
+from benchmarks.runner import Case, command_line, free_memory, run_cases
+from benchmarks.timing import allocated_bytes, host_seconds, peak_bytes, reset_peak
 
-console = Console()
+
+class Decoding:
+    """A greedy decode through one cache, by calls of the model's forward."""
+
+    def __init__(self, model: PreTrainedModel, past: Any) -> None:
+        self.model = model
+        self.past = past
+        self.next_token: Tensor | None = None
+
+    def read(self, ids: Tensor, chunk: int) -> None:
+        """Read int64 [batch, tokens] in calls of `chunk` tokens."""
+        for part in ids.split(chunk, dim=1):
+            self._call(part)
+
+    def decode(self, steps: int) -> None:
+        """Decode `steps` tokens one by one."""
+        for _ in range(steps):
+            assert self.next_token is not None, "read a prompt first"
+            self._call(self.next_token)
+
+    def _call(self, ids: Tensor) -> None:
+        out = self.model(ids, past_key_values=self.past, logits_to_keep=1)
+        self.past, self.next_token = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
 
-def measure(model: Any, tokens: torch.Tensor, new_tokens: int, chunk: int) -> dict[str, float]:
-    """Prefill `tokens` in chunks, decode greedily, and return bytes and seconds."""
-    device = tokens.device
-    gc.collect()
-    torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    cache = None
-    with torch.no_grad():
-        started = time.perf_counter()
-        for part in tokens.split(chunk, dim=1):
-            out = model(part, past_key_values=cache, logits_to_keep=1)
-            cache = out.past_key_values
-        torch.cuda.synchronize(device)
-        prefill_seconds = time.perf_counter() - started
-        prefill_peak = torch.cuda.max_memory_allocated(device) - weights
-        next_token = out.logits[:, -1:].argmax(-1)
-        out = model(next_token, past_key_values=cache, logits_to_keep=1)
-        cache, next_token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        started = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            out = model(next_token, past_key_values=cache, logits_to_keep=1)
-            cache, next_token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-    footprint = ottfx.memory_footprint(cache)
+def measure(model: PreTrainedModel, name: str, prompt: Tensor, new_tokens: int, chunk: int) -> dict[str, Any]:
+    """Read the prompt, decode, and return bytes and seconds. The model is compiled already, if it is to be."""
+    device = prompt.device.type
+    decoding = Decoding(model, new_cache(model, CONFIGURATIONS[name], prompt.shape[1] + new_tokens))
+    weights = allocated_bytes(device)
+    reset_peak(device)
+    prefill_seconds = host_seconds(lambda: decoding.read(prompt, chunk), device)
+    prefill_peak = peak_bytes(device) - weights
+    decoding.decode(1)
+    reset_peak(device)
+    seconds = host_seconds(lambda: decoding.decode(new_tokens - 1), device)
+    footprint = ottfx.memory_footprint(decoding.past)
     return {
-        "length": cache.get_seq_length(),
+        "length": decoding.past.get_seq_length(),
         "cache_bytes": footprint.total,
         "dense_cache_bytes": footprint.dense_total,
         "cache_ratio": footprint.ratio,
-        "prefill_peak_bytes": prefill_peak,
-        "decode_peak_bytes": torch.cuda.max_memory_allocated(device) - weights,
+        "prefill_peak_bytes": prefill_peak if device == "cuda" else None,
+        "decode_peak_bytes": peak_bytes(device) - weights if device == "cuda" else None,
         "prefill_seconds": prefill_seconds,
-        "decode_step_ms": 1000 * seconds / max(new_tokens - 1, 1),
+        "decode_step_ms": 1e3 * seconds / (new_tokens - 1),
     }
 
 
-def main(
-    shape: Annotated[str, typer.Option(help="a name of benchmarks/shapes.py")] = "llama-2-7b",
-    batch_size: int = 8,
-    length: Annotated[int, typer.Option(help="tokens in the cache at the end")] = 8192,
-    new_tokens: Annotated[int, typer.Option(help="of these, tokens decoded one by one")] = 256,
-    chunk: Annotated[int, typer.Option(help="tokens of one prefill call")] = 8192,
-    layers: Annotated[int | None, typer.Option(help="replaces the shape's number of layers")] = None,
-    scheme: str = "ott",
-    bits: int = 2,
-    lower: str = "inductor",
-    out: Path = Path("benchmarks/results/memory.csv"),
-) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the stock cache, then ottfx, with the same weights and tokens."""
-    model = random_model(shape, device="cuda", dtype=torch.bfloat16, num_layers=layers)
-    prompt = torch.randint(0, model.config.vocab_size, (batch_size, length - new_tokens), device="cuda")
-    conditions = {
-        "shape": shape,
-        "layers": model.config.num_hidden_layers,
-        "batch_size": batch_size,
-        "dtype": "bfloat16",
-        "prompt": prompt.shape[1],
-        "new_tokens": new_tokens,
-        "chunk": chunk,
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
+    parser = command_line(__doc__, "memory")
+    add_model_options(parser)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=8192, help="tokens in the cache at the end")
+    parser.add_argument("--new-tokens", type=int, default=256, help="of these, tokens decoded one by one")
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens of one prefill call")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        options.shape, options.batch_size, options.length, options.new_tokens, options.chunk = "tiny", 2, 300, 4, 128
+    length = options.length - options.new_tokens
+
+    @cache
+    def world() -> tuple[PreTrainedModel, Tensor]:
+        model = model_of(options)
+        return model, torch.randint(1, model.config.vocab_size, (options.batch_size, length), device=options.device)
+
+    def run(name: str) -> dict[str, Any]:
+        model, prompt = world()
+        with configured(model, CONFIGURATIONS[name], quantization_of(options)), torch.no_grad():
+            # More chunks than one compile a second graph. It must not see two equal lengths: it would keep them equal.
+            warm = prompt[:, :512]
+            measure(model, name, warm, 3, warm.shape[1] if options.chunk >= length else 2 * warm.shape[1] // 3)
+            free_memory()
+            return measure(model, name, prompt, options.new_tokens, options.chunk)
+
+    labels = {
+        **model_labels(options),
+        "batch_size": options.batch_size,
+        "prompt": length,
+        "new_tokens": options.new_tokens,
+        "chunk": options.chunk,
     }
-    rows = [{**conditions, "cache": "DynamicCache eager", **measure(model, prompt, new_tokens, chunk)}]
-    console.print(rows[0])
-    started = time.perf_counter()
-    ottfx.compile(model, bits, scheme=scheme, lower=lower)
-    warm = prompt[:, :chunk] if chunk < prompt.shape[1] else prompt[:, :512]
-    measure(model, warm, 3, max(chunk // 2, 256) if chunk < prompt.shape[1] else 512)
-    console.print(f"compiled in {time.perf_counter() - started:.0f} s")
-    rows.append({**conditions, "cache": f"{scheme}-{bits} {lower}", **measure(model, prompt, new_tokens, chunk)})
-    console.print(rows[1])
-    stock, ours = rows
-    table = Table("", "stock", "ottfx", "ratio")
-    for key in ("cache_bytes", "prefill_peak_bytes", "decode_peak_bytes", "decode_step_ms"):
-        table.add_row(key, f"{stock[key]:,.0f}", f"{ours[key]:,.0f}", f"{stock[key] / ours[key]:.2f}x")
-    console.print(table)
-    write_csv(out, rows)
+    names = ("dynamic-eager", "ottfx")
+    cases = [
+        Case(labels={**labels, "configuration": name}, measure=partial(run, name), quick=True, default=name in names)
+        for name in FORWARD_ONLY
+    ]
+    return run_cases(cases, options, [f"{options.scheme} {options.bits}-bit, {options.lower}."])
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What Triton compiled: registers and spills of new kernels, and compiling many of them in parallel beforehand."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+
+class NewKernels:
+    """The kernels that are compiled after this object is made."""
+
+    def __init__(self) -> None:
+        self._known = set(_compiled())
+
+    def summary(self) -> str | None:
+        """Name, registers and spilled registers of each; None if all had been compiled before."""
+        new = [kernel for key, kernel in _compiled().items() if key not in self._known]
+        return "; ".join(f"{name} {k.n_regs} registers {k.n_spills} spills" for name, k in new) or None
+
+
+def _compiled() -> dict[int, tuple[str, Any]]:
+    # Triton keeps what it compiled for a device in `JITFunction.device_caches`, not a documented attribute.
+    found = {}
+    for module in [m for name, m in list(sys.modules.items()) if name.startswith("ottfx.kernels.")]:
+        for name, function in vars(module).items():
+            for cache in getattr(function, "device_caches", {}).values():
+                found.update({id(kernel): (name, kernel) for kernel in cache[0].values()})
+    return found
+
+
+def compile_in_parallel(compile_one: Callable[[Any], None], settings: Sequence[Any], jobs: int) -> None:
+    """Call `compile_one` for all settings in processes of their own, so that Triton's cache on disk holds the kernels.
+
+    A setting that fails is told and left: measuring it will fail as well, and say why.
+    """
+    began = time.perf_counter()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for setting, future in [(setting, pool.submit(compile_one, setting)) for setting in settings]:
+            if (error := future.exception()) is not None:
+                print(f"not compiled: {setting}: {error}")
+    print(f"compiled {len(settings)} settings in {time.perf_counter() - began:.0f} s")

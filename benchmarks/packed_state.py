@@ -1,0 +1,115 @@
+"""Packed storage with random content: a cache of any length without the prompt that would fill it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ottfx.cache_state import CacheHalf, pages_to_allocate
+from ottfx.registry import get_scheme
+from ottfx.schemes.base import PAGE, CacheShape, Role, SchemeConfig
+
+ROLES: tuple[Role, Role] = ("key", "value")
+Halves = tuple[CacheHalf, CacheHalf]
+
+
+def random_halves(
+    config: SchemeConfig,
+    *,
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    length: int,
+    dtype: torch.dtype,
+    device: str,
+    room: int = 1,
+) -> Halves:
+    """Make keys and values of one layer as if `length` tokens had been stored.
+
+    Codes are random words, scales small and positive, zero points negative, so that dequantized keys and values are
+    around 0. All seats of an outlier pool are taken, by the first tokens, whose slots are marked; half of the spill
+    pool is in use, so outliers are still traced.
+
+    Args:
+        config: of one layer (`at_layer` resolved).
+        batch_size: sequences.
+        num_kv_heads: of the layer.
+        head_dim: of the layer.
+        length: tokens of each sequence; those of the schedule's window are in full precision.
+        dtype: the logical dtype.
+        device: where.
+        room: tokens that may be appended.
+    """
+    scheme = get_scheme(config.scheme)
+    shape = CacheShape(
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        pages=pages_to_allocate(scheme.pages_needed(config, length + room), 0),
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    key, value = (CacheHalf.allocate(scheme, config, role, shape) for role in ROLES)
+    for half in (key, value):
+        for name, tensor in half.tensors.items():
+            _fill(name, tensor)
+        half.advance(length)
+    if "spill_count" in key.tensors:
+        _take_seats(key, value)
+    return key, value
+
+
+def _fill(name: str, tensor: Tensor) -> None:
+    if name.endswith("_codes"):
+        tensor.random_(-(2**31), 2**31 - 1)
+    elif name.endswith("_scale"):
+        tensor.uniform_(0.1, 0.6)
+    elif name.endswith("_zero_point"):
+        tensor.uniform_(-1.5, -0.5)
+    elif name == "residual_valid":
+        tensor.fill_(1)
+    elif tensor.is_floating_point():
+        tensor.normal_()
+
+
+def _take_seats(key: CacheHalf, value: CacheHalf) -> None:
+    positions = key.tensors["outlier_position"]
+    seats, spill = key.scheme.pool_rows(key.config)  # type: ignore[attr-defined]
+    taken = min(seats + spill // 2, key.packed)
+    order = torch.arange(taken, dtype=torch.int32, device=positions.device)
+    for half, name in ((key, "outlier_position"), (value, "value_outlier_position")):
+        half.tensors[name][:, :, :taken] = order
+    key.tensors["spill_count"].fill_(max(0, taken - seats))
+    value.tensors["value_scale"][:, :, 0, 0, :taken].neg_()
+
+
+def operands(halves: Halves) -> tuple[Any, ...]:
+    """Return what both ops take at the end: the state of keys and values, and the scheme's constants."""
+    state = [tensor for half in halves for tensor in half.tensors.values()]
+    return (*state, *halves[0].scheme.constants(halves[0].config))
+
+
+def lengths(halves: Halves) -> Tensor:
+    """Return the ops' operand `lengths` for one site: int64 [1, 3]."""
+    key, value = halves
+    return torch.tensor([[key.high, key.packed, value.packed]], device=key.shape.device)
+
+
+def bytes_read(halves: Halves) -> int:
+    """Return the bytes of state that attention over these halves reads.
+
+    Codes, scales and zero points of the packed tokens, the full-precision tokens behind them, and the pool's rows.
+    """
+    key, value = halves
+    packed = value.packed
+    total = 0
+    for half in halves:
+        parts = half.bytes_by_part()
+        paged = parts["codes"] + parts["scales"]
+        total += paged * packed // (half.shape.pages * PAGE)
+        residual = half.tensors[f"{half.role}_residual"]
+        total += residual.nbytes // max(residual.shape[2], 1) * (half.high - packed)
+        total += parts.get("pool", 0)
+    return total
