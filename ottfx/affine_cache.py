@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.affine_schedule import Due, due_range, ring_positions, window_index
+from ottfx.affine_schedule import Due, due_range, is_always, new_positions, ring_positions, window_index
 from ottfx.outlier_pool import trace_outliers
 from ottfx.reference import dequantize_affine, make_finite, pack_page, quantize_affine, unpack_page
 from ottfx.schemes.base import PAGE
 
 
-def token_validity(mask: Tensor | None, q_len: int, batch_size: int) -> Tensor | None:
+def token_validity(mask: Tensor | None, lengths: Tensor, site: int, q_len: int, batch_size: int) -> Tensor | None:
     """Say which of the new tokens are real, from the last query row of an attention mask.
 
     Args:
-        mask: bool (True = attend) or additive float [batch_size or 1, heads or 1, queries, past + q_len], or None.
-        q_len: new tokens; the last columns of the mask.
+        mask: bool (True = attend) or additive float [batch_size or 1, heads or 1, queries, past + q_len or more], or
+            None.
+        lengths: int64 [sites, 3].
+        site: row of `lengths`; its past is the column of the first new token.
+        q_len: new tokens.
         batch_size: rows of the result.
 
     Returns:
@@ -31,10 +34,11 @@ def token_validity(mask: Tensor | None, q_len: int, batch_size: int) -> Tensor |
     """
     if mask is None:
         return None
-    last = mask.select(2, -1).narrow(-1, mask.shape[-1] - q_len, q_len)
+    last = mask.select(2, -1).index_select(-1, new_positions(lengths, site, q_len))
     if mask.dtype != torch.bool:
         last = last > torch.finfo(mask.dtype).min / 2
-    return last.any(1).expand(batch_size, q_len)
+    any_head = last.squeeze(1) if is_always(mask.shape[1], 1) else last.any(1)
+    return any_head.expand(batch_size, q_len)
 
 
 def _gather(ring: Tensor, new: Tensor, index: Tensor, dim: int = 2) -> Tensor:

@@ -1,7 +1,7 @@
 """Reading paged affine storage in plain torch: attention over it, dense copies of it, and forgetting its end.
 
 Layout and rules: `docs/storage.md`. `attend` is traceable like `affine_cache.append`; it reads only the pages that
-`past_length` can use.
+`past_length` can use, or all of them where only the device knows the length.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ottfx.affine_schedule import ring_positions
+from ottfx.affine_schedule import is_always, new_positions, ring_positions
 from ottfx.reference import dequantize_affine, unpack_page
-from ottfx.schemes.base import PAGE, Role
+from ottfx.schemes.base import ANY_LENGTH, PAGE, Role
 
 
 def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -94,10 +94,10 @@ def attend(
         query: [batch, num_heads, q_len, head_dim].
         key: new tokens [batch, num_kv_heads, q_len, head_dim]; `value` alike.
         value: see `key`.
-        mask: as in `Scheme`, 4-D with past_length + q_len columns, or None.
+        mask: as in `Scheme`, 4-D with past + q_len columns or more, or None.
         lengths: int64 [sites, 3].
         site: row of `lengths`.
-        past_length: tokens stored, the number in `lengths`; bounds the pages that are read.
+        past_length: tokens stored, the number in `lengths`, or `ANY_LENGTH`; bounds the pages that are read.
         softmax_scale: factor on query @ key^T.
         key_codes: state before the append, as all tensors that follow; shapes in docs/storage.md.
         key_scale: state.
@@ -122,9 +122,10 @@ def attend(
     device = key.device
 
     # A slice of an unbacked axis has strides that a tracer cannot reason about; a selection is a new tensor.
-    pages = torch.arange(past_length // PAGE + 1, device=device)
+    num_pages = key_codes.shape[2] if is_always(past_length, ANY_LENGTH) else past_length // PAGE + 1
+    pages = torch.arange(num_pages, device=device)
     scale = value_scale.index_select(2, pages)
-    slot = torch.arange((past_length // PAGE + 1) * PAGE, device=device)
+    slot = torch.arange(num_pages * PAGE, device=device)
     ring = ring_positions(past, key_residual.shape[2])
     in_ring = (ring >= packed).unsqueeze(-1)
     not_marked = ~torch.signbit(scale[:, :, :, 0]).flatten(2, 3)
@@ -162,7 +163,7 @@ def attend(
         parts = [
             bias.index_select(-1, slot.clamp(max=columns - 1)),
             bias.index_select(-1, ring.clamp(0, columns - 1)),
-            bias.narrow(-1, columns - q_len, q_len),
+            bias.index_select(-1, new_positions(lengths, site, q_len)),
         ]
         if has_pool:
             assert outlier_position is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -38,7 +39,9 @@ def compile(
         model: the module to compile; it is changed in place.
         bits: width of a code, 2 (the default), 3, 4 or 8; or leave it to `scheme`, when that is a config.
         scheme: name of a scheme (`ott`, `kivi`, `none`, ...) or its config.
-        mode: a mode of `torch.compile` that does without CUDA graphs.
+        mode: a mode of `torch.compile`. `reduce-overhead` and `max-autotune` replay decode steps as CUDA graphs; then
+            one call at a time may run, and the model is not checked for changes: compile it again after replacing or
+            adding modules or parameters. On a CPU they record nothing.
         dynamic: as in `torch.compile`. True compiles one graph for all lengths.
         fullgraph: as in `torch.compile`.
         lower: `inductor`, or `eager` to run the rewritten graph node by node.
@@ -112,15 +115,24 @@ def explain(
 
 
 def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None, fullgraph: bool) -> Callable[..., Any]:
-    def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        return compile_graph(gm, example_inputs, settings)
+    # Checking every module and parameter in each step takes longer than replaying the step.
+    options: dict[str, Any] = {}
+    if settings.records_steps:
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
 
-    compiled = torch.compile(model._call_impl, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    @functools.cache
+    def compiled(training: bool) -> Callable[..., Any]:
+        def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+            return compile_graph(gm, example_inputs, settings)
+
+        return torch.compile(
+            model._call_impl, backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options or None
+        )
 
     # With dynamic shapes every Python float would become a graph input, and every graph be compiled twice.
     @torch._dynamo.config.patch(specialize_float=True)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
+        return compiled(model.training)(*args, **kwargs)
 
     return call
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ottfx.errors import CacheError
 from ottfx.kv_tensor import KVTensor
 from ottfx.schemes.base import CacheShape, Role, Scheme, SchemeConfig
 from ottfx.size_reader import Reader
+from ottfx.step_graph import StepGraph
 
 ROLES: tuple[Role, Role] = ("key", "value")
 
@@ -45,8 +46,7 @@ class StateInput:
     name: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Cache:
+class _Cache(NamedTuple):
     """Both halves of one site, ready to be written behind `past` tokens."""
 
     halves: tuple[CacheHalf, CacheHalf]
@@ -62,7 +62,7 @@ class CacheCall:
     After it: wraps the halves in `KVTensor`s where the graph used to return dense tensors.
 
     Args:
-        inner: the compiled rewritten graph.
+        inner: the compiled rewritten graph, or its recordings.
         sites: one for each row of `lengths`.
         kept_arguments: positions of the captured graph's arguments that the inner graph still takes, in its order.
         added_inputs: what it takes behind them.
@@ -72,7 +72,7 @@ class CacheCall:
 
     def __init__(
         self,
-        inner: Callable[..., Any],
+        inner: Callable[..., Any] | StepGraph,
         sites: Sequence[SiteCall],
         kept_arguments: Sequence[int],
         added_inputs: Sequence[StateInput],
@@ -92,17 +92,20 @@ class CacheCall:
         caches = [_open(site, args) for site in self._sites]
         _make_room(self._sites, caches)
         lengths = self._lengths(caches)
-        extra: list[Tensor | int] = []
+        arguments = [args[i] for i in self._kept]
         for added in self._added:
             if added.kind == "state":
-                extra.append(caches[added.row].halves[added.role == "value"].tensors[added.name])
+                arguments.append(caches[added.row].halves[added.role == "value"].tensors[added.name])
             elif added.kind == "lengths":
-                extra.append(lengths)
+                arguments.append(lengths)
             elif added.kind == "pages":
-                extra.append(caches[0].halves[0].shape.pages)
+                arguments.append(caches[0].halves[0].shape.pages)
             else:
-                extra.append(caches[added.row].past)
-        results = self._inner(*[args[i] for i in self._kept], *extra)
+                arguments.append(caches[added.row].past)
+        if isinstance(self._inner, StepGraph):
+            results = self._inner(arguments, [half.storage for cache in caches for half in cache.halves])
+        else:
+            results = self._inner(*arguments)
         for cache in caches:
             for half in cache.halves:
                 half.advance(cache.past + cache.q_len)
@@ -116,14 +119,13 @@ class CacheCall:
 
     def _lengths(self, caches: list[_Cache]) -> Tensor:
         rows = [(c.past, c.halves[0].packed, c.halves[1].packed) for c in caches]
-        return _to_device(torch.tensor(rows, dtype=torch.int64), self._sites[0].device)
+        lengths, device = _near(torch.tensor(rows, dtype=torch.int64), self._sites[0].device), self._sites[0].device
+        return lengths if isinstance(self._inner, StepGraph) else lengths.to(device, non_blocking=True)
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return tensor.to(device)
-    # From pinned memory the copy is queued; from ordinary memory the host would wait for the device.
-    return tensor.pin_memory().to(device, non_blocking=True)
+def _near(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory a copy is queued; from ordinary memory the host would wait for the device.
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
@@ -132,6 +134,9 @@ def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
         halves = [_allocate(site, role, site.batch_size(args), q_len) for role in ROLES]
         return _Cache(halves=(halves[0], halves[1]), past=0, q_len=q_len)
     past = [args[i] for i in site.past]
+    open_halves = _open_already(*past)
+    if open_halves is not None:
+        return _Cache(halves=open_halves, past=open_halves[0].high, q_len=q_len)
     lengths = [p.shape[2] for p in past]
     if lengths[0] != lengths[1]:
         raise CacheError(
@@ -154,6 +159,16 @@ def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
     if key_tail is not None and value_tail is not None and key_tail.shape[2] > 0:
         _pack_tail(site, halves, key_tail, value_tail)
     return _Cache(halves=(halves[0], halves[1]), past=halves[0].high, q_len=q_len)
+
+
+def _open_already(key: Tensor, value: Tensor) -> tuple[CacheHalf, CacheHalf] | None:
+    """The halves of two handles that see all of them, as in every step of plain decoding; otherwise None."""
+    if type(key) is not KVTensor or type(value) is not KVTensor:
+        return None
+    k, v = key.payload, value.payload
+    if k is None or v is None or k.tail is not None or v.tail is not None:
+        return None
+    return (k.half, v.half) if k.half.high == k.length == v.length == v.half.high else None
 
 
 def _split(site: SiteCall, role: Role, tensor: Tensor, q_len: int) -> tuple[CacheHalf, Tensor | None]:
@@ -183,7 +198,8 @@ def _pack_tail(site: SiteCall, halves: list[CacheHalf], key: Tensor, value: Tens
     total = past + key.shape[2]
     for half in halves:
         half.grow(pages_to_allocate(site.scheme.pages_needed(site.config, total), half.shape.pages))
-    lengths = _to_device(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
+    lengths = _near(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
+    lengths = lengths.to(site.device, non_blocking=True)
     state = [tensor for half in halves for tensor in half.tensors.values()]
     with torch.no_grad():
         site.scheme.append_op(key, value, None, lengths, 0, *state, *site.scheme.constants(site.config))

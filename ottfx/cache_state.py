@@ -58,9 +58,10 @@ class CacheHalf:
         high: tokens written.
         packed: how many of them are codes.
         readers: live payloads that look at this half.
+        storage: another object whenever `tensors` are others; who knows their addresses can tell by it.
     """
 
-    __slots__ = ("config", "high", "packed", "readers", "role", "scheme", "shape", "specs", "tensors")
+    __slots__ = ("config", "high", "packed", "readers", "role", "scheme", "shape", "specs", "storage", "tensors")
 
     def __init__(self, scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheShape) -> None:
         self.scheme = scheme
@@ -68,6 +69,7 @@ class CacheHalf:
         self.role = role
         self.shape = shape
         self.specs: dict[str, TensorSpec] = scheme.state_spec(config, role, shape)
+        self.storage = object()
         self.high = 0
         self.packed = 0
         self.readers: weakref.WeakSet[Payload] = weakref.WeakSet()
@@ -157,6 +159,7 @@ class CacheHalf:
             device=s.device,
         )
         self.specs = self.scheme.state_spec(self.config, self.role, self.shape)
+        self.storage = object()
 
 
 def pages_to_allocate(needed: int, held: int) -> int:

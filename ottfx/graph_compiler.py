@@ -19,6 +19,7 @@ from ottfx.kv_tensor import KVTensor
 from ottfx.ops import outlined
 from ottfx.passes.graph_utils import graph_outputs
 from ottfx.pipeline import RewriteResult, rewrite_graph
+from ottfx.record_step import recorded_step
 from ottfx.registry import get_scheme
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
 from ottfx.settings import Settings
@@ -91,8 +92,24 @@ def _lower(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=settings.inductor_options or None)
+    options = _INDUCTOR_OPTIONS | _inductor_workarounds(example_inputs) | settings.inductor_options
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options)
     return compiled
+
+
+_INDUCTOR_OPTIONS = {
+    # Moving calls towards their users would put attention behind the append that changes what it reads, and the append
+    # would then have to work on a copy of the cache.
+    "reorder_for_locality": False,
+}
+
+
+def _inductor_workarounds(example_inputs: Sequence[Any]) -> dict[str, Any]:
+    # Before torch 2.13, C++ may check an index above the line that computes it, and does not build: the padding mask of
+    # transformers' decode graph does so (pytorch/pytorch#187335). Without the checks a token id that is out of range
+    # raises no error in compiled CPU code.
+    on_cpu = all(x.device.type == "cpu" for x in example_inputs if isinstance(x, Tensor))
+    return {"assert_indirect_indexing": False} if on_cpu and torch.__version__ < "2.13" else {}
 
 
 class _DynamoDoor:
@@ -182,17 +199,20 @@ class _DynamoDoor:
     def finish(self, result: RewriteResult) -> CacheCall:
         """Drop inputs that nothing reads any more, lower the graph, and wrap it."""
         index = {node: i for i, node in enumerate(self._placeholders)}
+        step = recorded_step(result, [(node, source) for node, source, _ in self._added], self._settings)
         kept = [node for node in self._placeholders if node.users]
         for node in self._placeholders:
             if not node.users:
                 self.gm.graph.erase_node(node)
         _name_after_sources(result)
-        if not self._settings.inline_cpu_ops:
-            _outline_cpu_ops(result)
+        _outline_ops(result, cpu=not self._settings.inline_cpu_ops, cuda=self._settings.records_steps)
         self.gm.graph.lint()
         self.gm.recompile()
-        inputs = [self._examples[node] for node in kept] + [example for _, _, example in self._added]
-        inner = _lower(self.gm, inputs, self._settings)
+        examples = [self._examples[node] if step is None else step.example(node) for node in kept]
+        inner = _lower(self.gm, examples + [example for _, _, example in self._added], self._settings)
+        if step is not None:
+            added = [(node, source) for node, source, _ in self._added]
+            inner = step.wrap(inner, kept, added, result.bindings[0].shape.device)
         return CacheCall(
             inner,
             [self._site_call(binding, index) for binding in result.bindings],
@@ -260,9 +280,10 @@ def _name_after_sources(result: RewriteResult) -> None:
     first._rename(f"{first.name}_{source_hash()}")
 
 
-def _outline_cpu_ops(result: RewriteResult) -> None:
-    for node in _scheme_nodes(result, "cpu"):
-        node.target = outlined(node.target)
+def _outline_ops(result: RewriteResult, **device_types: bool) -> None:
+    for device_type, is_outlined in device_types.items():
+        for node in _scheme_nodes(result, device_type) if is_outlined else ():
+            node.target = outlined(node.target)
 
 
 def _value(node: Node) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class KVTensor(torch.Tensor):
     anchor: Tensor
     config: SchemeConfig | None
 
+    # What `torch._dynamo.mark_static` would write on each handle. Heads and head_dim never vary: without this a batch
+    # that happens to equal them shares their symbol.
+    _dynamo_static_indices: ClassVar[set[int]] = {1, 3}
+    _dynamo_weak_dynamic_indices: ClassVar[set[int]] = {2}
+    _has_dynamo_dim_marking: ClassVar[bool] = True
+
     @staticmethod
     def __new__(cls, anchor: Tensor, length: int, config: SchemeConfig | None = None) -> KVTensor:
         """Make a tensor of `length` tokens over an anchor; see `from_payload` for one with content."""
@@ -75,13 +81,9 @@ class KVTensor(torch.Tensor):
             (shape.batch_size, shape.num_kv_heads, 0, shape.head_dim), dtype=shape.dtype, device=shape.device
         )
         anchor.ottfx_payload = payload  # type: ignore[attr-defined]
-        handle = cls(anchor, payload.total_length, payload.half.config)
-        for tensor in (anchor, handle):
-            # Heads and head_dim never vary: without this a batch that happens to equal them shares their symbol.
-            tensor._dynamo_static_indices = {1, 3}  # type: ignore[attr-defined]
-            tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
-        handle._dynamo_weak_dynamic_indices = {2}  # type: ignore[attr-defined]
-        return handle
+        anchor._dynamo_static_indices = cls._dynamo_static_indices  # type: ignore[attr-defined]
+        anchor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+        return cls(anchor, payload.total_length, payload.half.config)
 
     @property
     def payload(self) -> Payload | None:

@@ -2,7 +2,7 @@
 
 The body of such an op branches on the device: CUDA tensors go to the Triton launchers in `ottfx.kernels`, all others
 to the plain-torch definition. `torch.compile` sees through it: on CUDA it sees the kernels, on the CPU the definition.
-On the CPU that makes much C++, so an op can have an opaque twin as well (`outlined`), which the CPU door calls.
+That makes much to compile, so an op can have an opaque twin as well (`outlined`), for the CPU and for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *
             A graph that is printed names its parameters.
         mutates: the parameters that it writes to, exactly.
         outline: also register `ottfx::<name>_outlined`, the same operator as one opaque call. Inductor needs many
-            seconds for the C++ of one affine op, so the CPU door calls the twin (`outlined`) unless told otherwise.
+            seconds for the C++ of one affine op, so the CPU door calls the twin (`outlined`) unless told otherwise,
+            and so does a graph that is recorded, where a call costs the host nothing.
     """
     torch.library.triton_op(f"ottfx::{name}", function, mutates_args=set(mutates))
     op = getattr(torch.ops.ottfx, name).default
     if outline:
-        _OUTLINED[op] = _bind_outlined(f"{name}_outlined", function, mutates)
+        _OUTLINED[op] = _bind_outlined(f"{name}_outlined", op, function, mutates)
     return op
 
 
@@ -44,10 +45,11 @@ def outlined(op: Any) -> Any:
     return _OUTLINED.get(op, op)
 
 
-def _bind_outlined(name: str, function: Callable[..., Any], mutates: Iterable[str]) -> Any:
+def _bind_outlined(name: str, op: Any, function: Callable[..., Any], mutates: Iterable[str]) -> Any:
     def body(*args: Any) -> Any:
+        # Called eagerly, the op launches its kernels at once; `function` would hand them to a tracer.
         with _host_decides():
-            return function(*args)
+            return op(*args)
 
     schema = torch.library.infer_schema(function, mutates_args=set(mutates))
     twin = torch.library.custom_op(f"ottfx::{name}", body, mutates_args=set(mutates), schema=schema)
@@ -79,7 +81,7 @@ def affine_append(
     key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, **state_and_constants: Any
 ) -> None:
     """Store new tokens in affine storage; named operands as in `affine_cache.append`."""
-    valid = affine_cache.token_validity(mask, key.shape[2], key.shape[0])
+    valid = affine_cache.token_validity(mask, lengths, site, key.shape[2], key.shape[0])
     if key.is_cuda:
         from ottfx.kernels.affine_append import append as launch
 

@@ -8,7 +8,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,21 @@ def fresh_state() -> Iterator[None]:
 def device() -> torch.device:
     """The best device here: CUDA if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def load_smollm2() -> Callable[[torch.dtype], tuple[Any, Any]]:
+    """Loads the demo's real model and its tokenizer; skips the test where the weights cannot be had."""
+    from ottfx.errors import ArtifactError
+    from ottfx.models import load_smollm2
+
+    def load(dtype: torch.dtype) -> tuple[Any, Any]:
+        try:
+            return load_smollm2(dtype)
+        except ArtifactError as error:
+            pytest.skip(str(error))
+
+    return load
 
 
 @pytest.fixture

@@ -21,6 +21,9 @@ from torch import Tensor
 PAGE = 128
 """Tokens of one page of storage."""
 
+ANY_LENGTH = -1
+"""Stands for `past_length` in a graph that one set of arguments serves for all lengths."""
+
 Role = Literal["key", "value"]
 Part = Literal["codes", "scales", "residual", "pool", "tables", "dense"]
 
@@ -87,11 +90,13 @@ class Scheme(ABC, Generic[Config]):
 
     `mask`: None (every query sees every token) or the mask of `scaled_dot_product_attention`, 4-D,
         `[batch or 1, num_heads or 1, q_len or 1, past_length + q_len]`, bool (True = attend) or additive float.
+        It may have more columns, up to the capacity `pages * PAGE`; what they hold means nothing.
         Its last query row says which of the new tokens are real: a token that the last query may not see is
         padding, and padding takes no part in ranges, pools or means.
     `lengths`: int64 `[num_sites, 3]` on the cache's device; row `site` is (past_length, key_packed, value_packed):
         tokens stored, and how many of them are codes, before this call. Kernels read lengths only from here.
-    `past_length`: the same number as a (symbolic) int, for the CPU path to slice by. Not for kernels.
+    `past_length`: the same number as a (symbolic) int, for the CPU path to slice by, or `ANY_LENGTH`: then the whole
+        capacity is read, and what `lengths` excludes is hidden. Not for kernels.
     """
 
     name: ClassVar[str]

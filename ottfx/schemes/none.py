@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ottfx.affine_schedule import is_always, new_positions
 from ottfx.ops import bind
 from ottfx.registry import register_scheme
-from ottfx.schemes.base import PAGE, CacheShape, Role, Scheme, SchemeConfig, TensorSpec
+from ottfx.schemes.base import ANY_LENGTH, PAGE, CacheShape, Role, Scheme, SchemeConfig, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class NoneConfig(SchemeConfig):
 def _append(
     key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, key_data: Tensor, value_data: Tensor
 ) -> None:
-    position = lengths[site, 0] + torch.arange(key.shape[2], device=key.device)
+    position = new_positions(lengths, site, key.shape[2])
     key_data.index_copy_(2, position, key)
     value_data.index_copy_(2, position, value)
 
@@ -37,9 +38,15 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, past_length: int,
     softmax_scale: float, key_data: Tensor, value_data: Tensor,
 ) -> Tensor:  # fmt: skip
-    torch._check(past_length <= key_data.shape[2])
-    full_key = torch.cat([key_data.narrow(2, 0, past_length), key], dim=2)
-    full_value = torch.cat([value_data.narrow(2, 0, past_length), value], dim=2)
+    if is_always(past_length, ANY_LENGTH):
+        position = new_positions(lengths, site, key.shape[2])
+        full_key = key_data.index_copy(2, position, key)
+        full_value = value_data.index_copy(2, position, value)
+        mask = _hide_behind(position[-1], key_data.shape[2], mask)
+    else:
+        torch._check(past_length <= key_data.shape[2])
+        full_key = torch.cat([key_data.narrow(2, 0, past_length), key], dim=2)
+        full_value = torch.cat([value_data.narrow(2, 0, past_length), value], dim=2)
     return F.scaled_dot_product_attention(
         query,
         full_key,
@@ -48,6 +55,14 @@ def _attend(
         scale=softmax_scale,
         enable_gqa=bool(query.shape[1] != key.shape[1]),
     )
+
+
+def _hide_behind(last: Tensor, capacity: int, mask: Tensor | None) -> Tensor:
+    """The mask with `capacity` columns, of which those after `last`, a 0-d int64 tensor, are hidden."""
+    stored = torch.arange(capacity, device=last.device) <= last
+    if mask is None:
+        return stored[None, None, None]
+    return mask & stored if mask.dtype == torch.bool else torch.where(stored, mask, -torch.inf)
 
 
 @register_scheme

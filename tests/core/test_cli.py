@@ -103,13 +103,8 @@ def test_default_prompt_is_a_page_and_a_question():
     assert 450 < len(prompt.split()) < 480
 
 
-def test_real_model_answers():
-    from ottfx.models import load_smollm2
-
-    try:
-        model, tokenizer = load_smollm2(torch.bfloat16)
-    except ArtifactError as error:
-        pytest.skip(str(error))
+def test_real_model_answers(load_smollm2):
+    model, tokenizer = load_smollm2(torch.bfloat16)
     result = demo.compare(model, tokenizer, demo.default_prompt(), max_new_tokens=24)
     assert "Walter Elliot" in result.full.text
     assert "Walter" in result.quantized.text

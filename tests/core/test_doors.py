@@ -8,10 +8,13 @@ import pytest
 import torch
 from plain_decoder import greedy, plain_decoder
 from tiny_models import random_tokens, tiny_model
+from torch.torch_version import TorchVersion
 
 import ottfx
 from ottfx.backend import ott
+from ottfx.graph_compiler import compile_graph
 from ottfx.kv_tensor import KVTensor
+from ottfx.settings import make_settings
 
 EAGER = {"lower": "eager"}
 
@@ -45,7 +48,7 @@ def test_a_cache_keeps_its_scheme_when_the_model_is_compiled_for_another():
         (lambda m: ottfx.compile(m, bits=5), "bits must be one of"),
         (lambda m: ottfx.compile(m, scheme="kiwi"), "kivi"),
         (lambda m: ottfx.compile(m, outlier_seats=3), "outlier_capacity"),
-        (lambda m: ottfx.compile(m, mode="reduce-overhead"), "CUDA graphs"),
+        (lambda m: ottfx.compile(m, mode="fastest"), "mode must be one of"),
         (lambda m: ottfx.compile(m, lower="c"), "inductor"),
         (lambda m: ottfx.compile(m.forward), "torch.nn.Module"),
         (lambda m: ottfx.compile(torch.compile(m, backend="eager")), "original module"),
@@ -103,6 +106,54 @@ def test_a_graph_without_a_cache_is_left_alone():
 def test_a_graph_without_inputs():
     function = torch.compile(lambda: torch.arange(3) + 1, backend=ott, options=EAGER)
     assert function().tolist() == [1, 2, 3]
+
+
+def test_an_old_torch_gets_its_workaround_and_options_win(monkeypatch):
+    seen = []
+
+    def compile_fx(gm, example_inputs, config_patches):
+        seen.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    settings = make_settings()
+    for version, device, options in [
+        ("2.12.1", "cpu", {}),
+        ("2.12.1", "meta", {}),
+        ("2.13.0", "cpu", {}),
+        ("2.12.1", "cpu", {"assert_indirect_indexing": True}),
+    ]:
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        settings.inductor_options = options
+        compile_graph(gm, [torch.empty(1, device=device)], settings)
+    assert seen == [{"assert_indirect_indexing": False}, None, None, {"assert_indirect_indexing": True}]
+
+
+def test_inlined_cpu_ops_are_refused_where_inductor_breaks_them(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0"))
+    assert make_settings({"inline_cpu_ops": True}).inline_cpu_ops
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cpu"))
+    with pytest.raises(ottfx.ConfigError, match="torch 2.12 or newer"):
+        make_settings({"inline_cpu_ops": True})
+
+
+@pytest.mark.parametrize(
+    ("mode", "records", "options"),
+    [
+        (None, False, {}),
+        ("default", False, {}),
+        ("reduce-overhead", True, {}),
+        ("max-autotune", True, {"max_autotune": True}),
+        ("max-autotune-no-cudagraphs", False, {"max_autotune": True}),
+    ],
+)
+def test_modes(mode, records, options):
+    for settings in (make_settings(mode=mode), make_settings({"mode": mode})):
+        assert settings.records_steps is records
+        assert "triton.cudagraphs" not in settings.inductor_options
+        assert options.items() <= settings.inductor_options.items()
+        assert bool(settings.inductor_options) is bool(options)
 
 
 def test_footprint_is_what_the_tensors_hold():

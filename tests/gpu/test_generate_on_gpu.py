@@ -64,9 +64,7 @@ def test_a_step_does_not_wait_for_the_device(scheme):
     assert cache.get_seq_length() == 442
 
 
-def test_smollm2_none_equals_the_uncompiled_model():
-    from ottfx.models import load_smollm2
-
+def test_smollm2_none_equals_the_uncompiled_model(load_smollm2):
     model, tokenizer = load_smollm2(torch.float32)
     model.cuda()
     inputs = tokenizer(["The history of the bicycle begins", "def fibonacci(n):"], return_tensors="pt", padding=True)

@@ -36,6 +36,9 @@ CASES = [
 ]
 
 
+# There `ottfx.compile` refuses inline_cpu_ops (ottfx/settings.py).
+# In kivi, token 150 takes the ring row of token 86 and is packed in its place.
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Inductor of torch 2.11 writes a ring before it reads it")
 @pytest.mark.parametrize(("config", "q_len"), CASES)
 def test_one_graph_serves_all_lengths_and_capacities(config, q_len):
     graphs = []

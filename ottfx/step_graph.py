@@ -1,0 +1,235 @@
+"""`StepGraph`: runs a decode graph whose arguments differ in content alone by replaying a recording of it.
+
+A CUDA graph knows addresses. So arguments that come at new addresses in each step are copied into buffers; weights and
+packed storage stay where they are, and a recording holds for one set of their addresses. The first step at new
+addresses runs as it is (it compiles kernels), the second is recorded and replayed, later ones are replayed: whatever
+happens, a step runs once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ottfx.schemes.base import PAGE
+
+log = logging.getLogger("ottfx")
+
+MOST_RECORDINGS = 4
+"""Recordings that a compiled graph keeps: of the sets of addresses that were used last."""
+
+counters: Counter[str] = Counter()
+"""How often, in this process: `warmups`, `recordings`, `replays`, and `refusals` of graphs that cannot be recorded."""
+
+
+InputKind = Literal["weight", "state", "copied", "number"]
+"""`weight` and `state` are used where they are, `copied` comes from anywhere, a `number` is an int."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One argument of the graph."""
+
+    kind: InputKind
+    widened: int | None = None
+    """Of a copied tensor: the axis along which the graph takes as many entries as the storage has room for tokens."""
+    below_capacity: int | None = None
+    """Of a number that is always to be this much less than the tokens that the storage has room for."""
+
+
+class Recorder(Protocol):
+    """One recording."""
+
+    def __init__(self, device: torch.device, pool: RecordingPool) -> None: ...
+
+    def record(self, function: Callable[[], Sequence[Any]]) -> None:
+        """Record what `function` does, without a lasting effect; RuntimeError if that cannot be done."""
+
+    def replay(self) -> Sequence[Any]:
+        """Do it, and return its results, which the next replay overwrites."""
+
+
+class RecordingPool:
+    """What the recordings of a compiled model share, as they run one after the other: memory, a stream to record on.
+
+    A stream of its own for each would leave a cuBLAS workspace behind with each.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def memory(self) -> Any:
+        """Return the pool of memory, made at first use."""
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        return self._memory
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Return the stream of a device, made at first use."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+class CudaRecorder:
+    """A CUDA graph."""
+
+    def __init__(self, device: torch.device, pool: RecordingPool) -> None:
+        self._device, self._pool = device, pool
+        self._graph = torch.cuda.CUDAGraph()
+        self._results: Sequence[Any] = ()
+
+    def record(self, function: Callable[[], Sequence[Any]]) -> None:
+        """Capture the kernels that `function` launches."""
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(self._pool.stream(self._device)):
+            self._graph.capture_begin(pool=self._pool.memory(), capture_error_mode="thread_local")
+            try:
+                self._results = function()
+            finally:
+                self._graph.capture_end()
+
+    def replay(self) -> Sequence[Any]:
+        """Launch them on the current stream."""
+        self._graph.replay()
+        return self._results
+
+
+RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}
+"""Device type -> what records there. Graphs on other devices run as they are."""
+
+
+class _Step:
+    """Buffers and, once it is recorded, the recording for one set of addresses."""
+
+    __slots__ = ("buffers", "is_warm", "numbers", "recorder", "storages", "weights")
+
+    def __init__(self, numbers: list[int], weights: list[int], buffers: list[tuple[int, Tensor]]) -> None:
+        self.numbers = numbers
+        self.weights = weights
+        self.buffers = buffers
+        self.storages: list[object] = []
+        self.is_warm = False
+        self.recorder: Recorder | None = None
+
+
+class StepGraph:
+    """A compiled decode graph, recorded. One call at a time.
+
+    Args:
+        inner: the compiled graph; for the same weights, state and numbers it reads and writes the same memory.
+        inputs: its arguments, in order. A number is a size: of the batch or of the storage.
+        pages: position of the argument that counts the pages of the storage.
+        device: of all tensors.
+        pool: memory for intermediate results.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Sequence[Any]],
+        inputs: Sequence[StepInput],
+        pages: int,
+        device: torch.device,
+        pool: RecordingPool,
+    ) -> None:
+        self._inner = inner
+        self._pages = pages
+        self._device = device
+        self._pool = pool
+        positions: dict[str, list[int]] = {"weight": [], "state": [], "copied": [], "number": []}
+        for i, x in enumerate(inputs):
+            positions[x.kind].append(i)
+        self._weights, self._state, self._copied, self._numbers = positions.values()
+        self._widened = {i: inputs[i].widened for i in self._copied}
+        self._below_capacity = [(i, below) for i, x in enumerate(inputs) if (below := x.below_capacity) is not None]
+        self._recorded: OrderedDict[tuple[int, ...], _Step] = OrderedDict()
+        self._last: _Step | None = None
+        self._is_recordable = True
+
+    def __call__(self, arguments: list[Any], storages: list[object]) -> list[Any]:
+        """Run one step.
+
+        Args:
+            arguments: of the graph. Copied tensors may be on the host, in pinned memory.
+            storages: objects that are others whenever state tensors among the arguments are others.
+
+        Returns:
+            The results of the graph, the caller's own.
+        """
+        capacity = arguments[self._pages] * PAGE
+        for i, below in self._below_capacity:
+            arguments[i] = capacity - below
+        numbers = [arguments[i] for i in self._numbers]
+        weights = [arguments[i].data_ptr() for i in self._weights]
+        step = self._last
+        if step is None or step.numbers != numbers or step.weights != weights or step.storages != storages:
+            step = self._last = self._find(arguments, numbers, weights)
+            step.storages = storages
+        for i, buffer in step.buffers:
+            _copy(arguments[i], buffer, self._widened[i])
+        if step.recorder is None:
+            for i, buffer in step.buffers:
+                arguments[i] = buffer
+            if not step.is_warm or not self._is_recordable or not self._record(step, arguments):
+                step.is_warm = True
+                counters["warmups"] += 1
+                return _own(self._inner(*arguments))
+        assert step.recorder is not None
+        counters["replays"] += 1
+        return _own(step.recorder.replay())
+
+    def _find(self, arguments: list[Any], numbers: list[int], weights: list[int]) -> _Step:
+        """The step that was recorded for these addresses, or a new one."""
+        key = self._key(arguments, numbers, weights)
+        step = self._recorded.get(key)
+        if step is not None:
+            self._recorded.move_to_end(key)
+            return step
+        # Buffers made in inference mode could not be written to later outside it.
+        with torch.inference_mode(False):
+            buffers = [(i, self._buffer(arguments[i], self._widened[i], arguments[self._pages])) for i in self._copied]
+        return _Step(numbers, weights, buffers)
+
+    def _key(self, arguments: list[Any], numbers: list[int], weights: list[int]) -> tuple[int, ...]:
+        return (*numbers, *weights, *(arguments[i].data_ptr() for i in self._state))
+
+    def _buffer(self, like: Tensor, widened: int | None, pages: int) -> Tensor:
+        shape = list(like.shape)
+        if widened is not None:
+            shape[widened] = pages * PAGE
+        return torch.zeros(shape, dtype=like.dtype, device=self._device)
+
+    def _record(self, step: _Step, arguments: list[Any]) -> bool:
+        """Record a step; say whether that was possible."""
+        recorder = RECORDERS[self._device.type](self._device, self._pool)
+        try:
+            recorder.record(lambda: self._inner(*arguments))
+        except RuntimeError as error:
+            self._is_recordable = False
+            counters["refusals"] += 1
+            log.warning("ottfx: a decode step could not be recorded and runs as without a mode: %s", error)
+            return False
+        counters["recordings"] += 1
+        step.recorder = recorder
+        self._recorded[self._key(arguments, step.numbers, step.weights)] = step
+        while len(self._recorded) > MOST_RECORDINGS:
+            self._recorded.popitem(last=False)
+        return True
+
+
+def _copy(source: Tensor, buffer: Tensor, widened: int | None) -> None:
+    if widened is not None:
+        size = min(source.shape[widened], buffer.shape[widened])
+        source, buffer = source.narrow(widened, 0, size), buffer.narrow(widened, 0, size)
+    buffer.copy_(source, non_blocking=True)
+
+
+def _own(results: Sequence[Any]) -> list[Any]:
+    return [result.clone() if isinstance(result, Tensor) else result for result in results]
