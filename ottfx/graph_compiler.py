@@ -87,21 +87,16 @@ def _copy(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-def _lower(gm: GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
+def _lower(
+    gm: GraphModule, example_inputs: Sequence[Any], settings: Settings, **inductor_options: Any
+) -> Callable[..., Any]:
     if settings.lower == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    options = _INDUCTOR_OPTIONS | _inductor_workarounds(example_inputs) | settings.inductor_options
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options)
+    options = inductor_options | _inductor_workarounds(example_inputs) | settings.inductor_options
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options or None)
     return compiled
-
-
-_INDUCTOR_OPTIONS = {
-    # Moving calls towards their users would put attention behind the append that changes what it reads, and the append
-    # would then have to work on a copy of the cache.
-    "reorder_for_locality": False,
-}
 
 
 def _inductor_workarounds(example_inputs: Sequence[Any]) -> dict[str, Any]:
@@ -209,7 +204,10 @@ class _DynamoDoor:
         self.gm.graph.lint()
         self.gm.recompile()
         examples = [self._examples[node] if step is None else step.example(node) for node in kept]
-        inner = _lower(self.gm, examples + [example for _, _, example in self._added], self._settings)
+        examples += [example for _, _, example in self._added]
+        # Moving calls towards their users would put attention behind the append that changes what it reads, and the
+        # append would then have to work on a copy of the cache.
+        inner = _lower(self.gm, examples, self._settings, reorder_for_locality=False)
         if step is not None:
             added = [(node, source) for node, source, _ in self._added]
             inner = step.wrap(inner, kept, added, result.bindings[0].shape.device)

@@ -178,8 +178,8 @@ def test_between_steps_only_contents_change(monkeypatch):
     seen: list[list[Any]] = []
     lower = graph_compiler._lower
 
-    def watched(gm, example_inputs, settings):
-        inner = lower(gm, example_inputs, settings)
+    def watched(gm, example_inputs, settings, **options):
+        inner = lower(gm, example_inputs, settings, **options)
 
         def call(*args):
             seen.append([(x.data_ptr(), *x.shape, *x.stride()) if isinstance(x, torch.Tensor) else x for x in args])
