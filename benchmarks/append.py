@@ -17,7 +17,7 @@ from benchmarks.compiled_kernels import NewKernels
 from benchmarks.packed_state import Halves, lengths, operands, random_halves
 from benchmarks.runner import Case, command_line, run_cases
 from benchmarks.timing import device_microseconds, read_microseconds
-from ottfx.registry import make_config
+from ottfx.registry import get_scheme, make_config
 from ottfx.schemes.base import SchemeConfig
 
 SCHEMES: dict[str, SchemeConfig] = {
@@ -59,7 +59,7 @@ def decode(config: SchemeConfig, size: tuple[int, int, int], head_dim: int, devi
     """Time the append of one token where keys become due and where they do not, and their mean over many steps."""
     batch_size, num_kv_heads, tokens = size
     compiled = NewKernels()
-    scheme = _halves(config, 1, 1, 0, head_dim, device, room=1)[0].scheme
+    scheme = get_scheme(config.scheme)
     due = [_keys_due(scheme, config, past) for past in range(tokens, tokens + 512)]
     period = 512 // sum(due)
     times = []

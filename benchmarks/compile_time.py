@@ -23,6 +23,7 @@ from benchmarks.configurations import (
     FORWARD_ONLY,
     add_model_options,
     configured,
+    model_notes,
     model_of,
     new_cache,
     quantization_of,
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for layers in counts
         for name in FORWARD_ONLY
     ]
-    return run_cases(cases, options, [f"{options.scheme} {options.bits}-bit, {options.lower}."])
+    return run_cases(cases, options, model_notes(options))
 
 
 if __name__ == "__main__":

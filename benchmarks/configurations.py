@@ -98,6 +98,11 @@ def model_labels(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def model_notes(options: argparse.Namespace) -> list[str]:
+    """Return what the options say below the table: how ottfx stores the cache, and how it was compiled."""
+    return [f"{options.scheme} {options.bits}-bit, {options.lower}."]
+
+
 @contextmanager
 def configured(model: PreTrainedModel, way: Configuration, quantization: Quantization) -> Iterator[None]:
     """Compile the model as a configuration says, inside the block; torch forgets its compiled graphs before and after.

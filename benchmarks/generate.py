@@ -28,6 +28,7 @@ from benchmarks.configurations import (
     configured,
     fill_cache,
     model_labels,
+    model_notes,
     model_of,
     new_cache,
     quantization_of,
@@ -95,7 +96,7 @@ class Generation:
             reset_peak(device)
             seconds, clock, past = self._run(past, options.new_tokens)
             steps = clock.step_milliseconds()
-            peak = peak_bytes(device) - base
+            peak = peak_bytes(device, base)
             held = self._cache_bytes(way, past, base)
         step_ms = statistics.median(steps)
         first_seconds = seconds - sum(steps) / 1e3
@@ -105,7 +106,7 @@ class Generation:
             "first_token_s": first_seconds,
             "tokens_per_s": options.batch_size * options.new_tokens / seconds,
             "cache_bytes": held,
-            "peak_bytes": peak if device == "cuda" else None,
+            "peak_bytes": peak,
             "compile_s": max(0.0, cold_seconds - first_seconds - step_ms * (warm_up_tokens - 1) / 1e3),
         }
 
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for name, way in CONFIGURATIONS.items()
     ]
-    return run_cases(cases, options, [f"{options.scheme} {options.bits}-bit, {options.lower}."])
+    return run_cases(cases, options, model_notes(options))
 
 
 if __name__ == "__main__":

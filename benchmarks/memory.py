@@ -21,6 +21,7 @@ from benchmarks.configurations import (
     add_model_options,
     configured,
     model_labels,
+    model_notes,
     model_of,
     new_cache,
     quantization_of,
@@ -60,7 +61,7 @@ def measure(model: PreTrainedModel, name: str, prompt: Tensor, new_tokens: int, 
     weights = allocated_bytes(device)
     reset_peak(device)
     prefill_seconds = host_seconds(lambda: decoding.read(prompt, chunk), device)
-    prefill_peak = peak_bytes(device) - weights
+    prefill_peak = peak_bytes(device, weights)
     decoding.decode(1)
     reset_peak(device)
     seconds = host_seconds(lambda: decoding.decode(new_tokens - 1), device)
@@ -70,8 +71,8 @@ def measure(model: PreTrainedModel, name: str, prompt: Tensor, new_tokens: int, 
         "cache_bytes": footprint.total,
         "dense_cache_bytes": footprint.dense_total,
         "cache_ratio": footprint.ratio,
-        "prefill_peak_bytes": prefill_peak if device == "cuda" else None,
-        "decode_peak_bytes": peak_bytes(device) - weights if device == "cuda" else None,
+        "prefill_peak_bytes": prefill_peak,
+        "decode_peak_bytes": peak_bytes(device, weights),
         "prefill_seconds": prefill_seconds,
         "decode_step_ms": 1e3 * seconds / (new_tokens - 1),
     }
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Case(labels={**labels, "configuration": name}, measure=partial(run, name), quick=True, default=name in names)
         for name in FORWARD_ONLY
     ]
-    return run_cases(cases, options, [f"{options.scheme} {options.bits}-bit, {options.lower}."])
+    return run_cases(cases, options, model_notes(options))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ottfx.cache_call import ROLES
 from ottfx.cache_state import CacheHalf, pages_to_allocate
 from ottfx.registry import get_scheme
-from ottfx.schemes.base import PAGE, CacheShape, Role, SchemeConfig
+from ottfx.schemes.base import PAGE, CacheShape, SchemeConfig
 
-ROLES: tuple[Role, Role] = ("key", "value")
 Halves = tuple[CacheHalf, CacheHalf]
 
 

@@ -21,6 +21,7 @@ from benchmarks.configurations import (
     add_model_options,
     configured,
     model_labels,
+    model_notes,
     model_of,
     new_cache,
     quantization_of,
@@ -48,11 +49,11 @@ def measure(
         base = allocated_bytes(device)
         reset_peak(device)
         seconds = statistics.median(host_seconds(run, device) for _ in range(REPETITIONS))
-        peak = peak_bytes(device) - base
+        peak = peak_bytes(device, base)
     return {
         "ms": 1e3 * seconds,
         "tokens_per_s": batch_size * prompt / seconds,
-        "peak_bytes": peak if device == "cuda" else None,
+        "peak_bytes": peak,
         "compile_s": max(0.0, cold_seconds - seconds),
     }
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for prompt in options.prompts
         for name in FORWARD_ONLY
     ]
-    return run_cases(cases, options, [f"{options.scheme} {options.bits}-bit, {options.lower}."])
+    return run_cases(cases, options, model_notes(options))
 
 
 if __name__ == "__main__":

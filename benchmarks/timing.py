@@ -118,9 +118,9 @@ def allocated_bytes(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
-def peak_bytes(device: str) -> int:
-    """Return the most bytes of tensors at once since `reset_peak`; 0 on the CPU."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+def peak_bytes(device: str, base: int) -> int | None:
+    """Return the most bytes of tensors at once since `reset_peak`, less `base` of them; None on the CPU."""
+    return torch.cuda.max_memory_allocated() - base if device == "cuda" else None
 
 
 def reset_peak(device: str) -> None:

@@ -22,6 +22,8 @@ from ottfx.kernels.packing import PAGE
 
 ZERO_DROP = tl.constexpr(256.0)
 """Zero points are used this much smaller, so that they fit float16 when they are lifted."""
+WEIGHT_LIFT = tl.constexpr(15)
+"""Weights times value scales, at most 1, are used as float16 larger by 2 to this power."""
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def attend_packed(
     score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
     if SINGLE:
         score_unit = tl.max(score_unit, axis=0) + tl.zeros([4], tl.float32)
-    value_lift = by_row(power_of_2(15 - lift_exponent(lane_token(NG, TILE), VALUE_BITS)), NG, TILE)
+    value_lift = by_row(power_of_2(WEIGHT_LIFT - lift_exponent(lane_token(NG, TILE), VALUE_BITS)), NG, TILE)
 
     key_codes_ptr += pair * pages * (4 * HEAD_DIM * KEY_BITS)
     key_scale_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
@@ -165,7 +167,7 @@ def attend_packed(
     unit = 5.9604644775390625e-08
     key_words, key_plane, key_scale, key_zero_point = load_keys(
         first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-        KEY_BITS, GROUP, HEAD_DIM, BLOCK_D, TILE,
+        KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
     )  # fmt: skip
     value_words, value_plane, value_scale, value_zero_point = load_values(
         first_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr, VALUE_BITS, NG, HEAD_DIM, BLOCK_D, TILE
@@ -179,7 +181,7 @@ def attend_packed(
         next_tile = tl.minimum(tile + 1, last_tile - 1)
         key_words, key_plane, key_scale, key_zero_point = load_keys(
             next_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-            KEY_BITS, GROUP, HEAD_DIM, BLOCK_D, TILE,
+            KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
         )  # fmt: skip
         if SINGLE:
             scores, _ = tl.split(tl.reshape(scores, [TILE // 16, 16, 4, 2]))
@@ -228,15 +230,14 @@ def attend_packed(
     # Row R * 8 + n of the product is channel 32 * (R / 4) + 4 * n + R % 4.
     r = tl.arange(0, BLOCK_D)
     channel = r // 32 * 32 + r % 8 * 4 + r // 8 % 4
-    acc *= unit * (SUBNORMAL / 32768.0)
+    acc *= unit * (SUBNORMAL / (1 << WEIGHT_LIFT))
     if SINGLE:
         total = tl.sum(acc, axis=1) + tl.max(tl.sum(zero_sum, axis=0), axis=0)
         # In column 0; the other columns are not live.
         result = tl.broadcast_to(total[:, None], [BLOCK_D, COLUMNS])
         row_max = tl.zeros([COLUMNS], tl.float32) + tl.max(row_max, axis=0)
         row_sum = tl.zeros([COLUMNS], tl.float32) + tl.max(tl.sum(row_sum, axis=0), axis=0)
-        store_part(result, row_max, row_sum, partial_ptr, log_sum_ptr, slot, channel, live_columns, HEAD_DIM)
     else:
         result = acc + tl.sum(zero_sum, axis=0)[None, :]
         row_sum = tl.sum(row_sum, axis=0)
-        store_part(result, row_max, row_sum, partial_ptr, log_sum_ptr, slot, channel, live_columns, HEAD_DIM)
+    store_part(result, row_max, row_sum, partial_ptr, log_sum_ptr, slot, channel, live_columns, HEAD_DIM)

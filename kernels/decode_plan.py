@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import triton
 
+from ottfx.kernels.decode_window import WINDOW_SHARE
 from ottfx.kernels.launch import at_most, next_power_of_2
+from ottfx.kernels.packing import PAGE
 
 MOST_ROWS = 64
 """Query rows of one kv head up to which the decode kernel is used."""
@@ -17,8 +19,6 @@ K_WIDTH = 4 if tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 8)
 """Neighbours along the contraction that this Triton gives a lane when an operand comes from `tl.join`."""
 TILE = 64
 """Tokens of a step of the kernel: half a page."""
-WINDOW_SHARE = 64
-"""Tokens of the ring that one program reads; as in decode_window.py."""
 MULTIPROCESSORS = 132
 LEAN_REGISTERS = 168
 """Registers of a program that leave room for 12 on a multiprocessor; the other configurations take 255, for 8."""
@@ -78,7 +78,7 @@ def decode_plan(
     slots = MULTIPROCESSORS * (12 if lean else 8)
     programs = pairs * row_blocks
     if isinstance(programs, int) and isinstance(pages, int):
-        splits = best_splits(programs, pages * (128 // TILE), slots)
+        splits = best_splits(programs, pages * (PAGE.value // TILE), slots)
         most_splits = splits
     else:
         splits = torch.sym_max(1, slots // programs)
@@ -90,7 +90,7 @@ def decode_plan(
         row_blocks=row_blocks,
         splits=splits,
         most_splits=most_splits,
-        window_parts=-(-ring_rows // WINDOW_SHARE),
+        window_parts=-(-ring_rows // WINDOW_SHARE.value),
         max_registers=LEAN_REGISTERS if lean else None,
     )
 

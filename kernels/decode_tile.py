@@ -15,13 +15,12 @@ from ottfx.kernels.packing import PAGE
 
 @triton.jit
 def _load_key_words(
-    page_ptr, row, BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    page_ptr, row, BITS: tl.constexpr, NG: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, PLANE: tl.constexpr,
 ):  # fmt: skip
     # [4, 8, TILE / 8, W]: lane (n, c) gets TILE / 8 tokens, NG runs of them, of the channels of its c.
     PER_WORD: tl.constexpr = 16 if PLANE or BITS < 4 else 32 // BITS
     W: tl.constexpr = BLOCK_D // 4 // PER_WORD
-    NG: tl.constexpr = TILE // GROUP if GROUP < TILE else 1
     RUN: tl.constexpr = TILE // 8 // NG
     STRIDE: tl.constexpr = 64 if PLANE else PAGE
     # [W, NG, RUN / 4, n 8, c 4, 4 tokens], flat: the load is 16 bytes a lane in every version of Triton.
@@ -145,19 +144,19 @@ def _load_per_token(pointer, first, NG: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def load_keys(
     tile, codes_ptr, scale_ptr, zero_point_ptr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, NG: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Words, words of the 1-bit plane (or 0), scales and zero points of the keys of a tile."""
-    NG: tl.constexpr = TILE // GROUP if GROUP < TILE else 1
     page = tile // (PAGE // TILE)
     row = tile % (PAGE // TILE) * TILE
     page_ptr = codes_ptr + page * (4 * HEAD_DIM * BITS)
-    words = _load_key_words(page_ptr, row, BITS, GROUP, HEAD_DIM, BLOCK_D, TILE, False)
+    words = _load_key_words(page_ptr, row, BITS, NG, HEAD_DIM, BLOCK_D, TILE, False)
     plane = 0
     if BITS == 3:
         # A word of the plane has tokens r and r + 64: of the same place in both tiles of the page.
         tl.static_assert(TILE == 64)
-        plane = _load_key_words(page_ptr + 8 * HEAD_DIM, 0, BITS, GROUP, HEAD_DIM, BLOCK_D, TILE, True)
+        plane = _load_key_words(page_ptr + 8 * HEAD_DIM, 0, BITS, NG, HEAD_DIM, BLOCK_D, TILE, True)
         plane = plane >> (row // 64 * 8)
     group = page * (PAGE // GROUP) + row // GROUP
     scale = _load_key_constants(scale_ptr, group, NG, HEAD_DIM, BLOCK_D)

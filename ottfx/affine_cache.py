@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.affine_schedule import Due, due_range, is_always, new_positions, ring_positions, window_index
+from ottfx.affine_schedule import Due, due_range, ring_positions, window_index
 from ottfx.outlier_pool import trace_outliers
 from ottfx.reference import dequantize_affine, make_finite, pack_page, quantize_affine, unpack_page
-from ottfx.schemes.base import PAGE
+from ottfx.schemes.base import PAGE, is_always, new_positions
 
 
 def token_validity(mask: Tensor | None, lengths: Tensor, site: int, q_len: int, batch_size: int) -> Tensor | None:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ottfx.affine_schedule import is_always, new_positions, ring_positions
+from ottfx.affine_schedule import ring_positions
 from ottfx.reference import dequantize_affine, unpack_page
-from ottfx.schemes.base import ANY_LENGTH, PAGE, Role
+from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
 
 
 def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -18,17 +18,6 @@ def packed_after(length: Tensor, packed_before: Tensor, window: int, step: int) 
     return torch.maximum(packed_before, due)
 
 
-def is_always(size: Any, number: int) -> bool:
-    """Whether a size is this number in every call of a graph. Adds no guard."""
-    return isinstance(size, int) and size == number
-
-
-def new_positions(lengths: Tensor, site: int, q_len: int) -> Tensor:
-    """Return int64 [q_len]: the positions of the new tokens, which follow `lengths[site, 0]` stored ones."""
-    first = lengths[site, :1]
-    return first if is_always(q_len, 1) else first + torch.arange(q_len, device=lengths.device)
-
-
 def ring_positions(length: Tensor, rows: int) -> Tensor:
     """Return int64 [rows]: the newest token before `length` that lives in each ring row; negative where none does."""
     row = torch.arange(rows, device=length.device)

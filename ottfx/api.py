@@ -120,6 +120,7 @@ def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None,
     if settings.records_steps:
         options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
 
+    # Without these checks nothing else would notice that the model changed between training and evaluation.
     @functools.cache
     def compiled(training: bool) -> Callable[..., Any]:
         def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

@@ -119,13 +119,18 @@ class CacheCall:
 
     def _lengths(self, caches: list[_Cache]) -> Tensor:
         rows = [(c.past, c.halves[0].packed, c.halves[1].packed) for c in caches]
-        lengths, device = _near(torch.tensor(rows, dtype=torch.int64), self._sites[0].device), self._sites[0].device
-        return lengths if isinstance(self._inner, StepGraph) else lengths.to(device, non_blocking=True)
+        lengths, device = torch.tensor(rows, dtype=torch.int64), self._sites[0].device
+        # A recorded step copies it into a buffer of its own.
+        return _near(lengths, device) if isinstance(self._inner, StepGraph) else _to_device(lengths, device)
 
 
 def _near(tensor: Tensor, device: torch.device) -> Tensor:
     # From pinned memory a copy is queued; from ordinary memory the host would wait for the device.
     return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return _near(tensor, device).to(device, non_blocking=True)
 
 
 def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
@@ -198,8 +203,7 @@ def _pack_tail(site: SiteCall, halves: list[CacheHalf], key: Tensor, value: Tens
     total = past + key.shape[2]
     for half in halves:
         half.grow(pages_to_allocate(site.scheme.pages_needed(site.config, total), half.shape.pages))
-    lengths = _near(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
-    lengths = lengths.to(site.device, non_blocking=True)
+    lengths = _to_device(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
     state = [tensor for half in halves for tensor in half.tensors.values()]
     with torch.no_grad():
         site.scheme.append_op(key, value, None, lengths, 0, *state, *site.scheme.constants(site.config))

@@ -65,9 +65,8 @@ def _tell_refusals(result: RewriteResult, settings: Settings) -> None:
         by_reason.setdefault(refusal.reason, []).append(refusal.name)
     sites = len(result.bindings) + len(result.refusals)
     for reason, names in by_reason.items():
-        if reason in settings.told:
+        if not settings.is_news(reason):
             continue
-        settings.told.add(reason)
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         log.warning(
             "ottfx: %d of %d attentions keep their full-precision cache (%s): %s. ottfx.explain lists them all.",
@@ -194,13 +193,17 @@ class _DynamoDoor:
     def finish(self, result: RewriteResult) -> CacheCall:
         """Drop inputs that nothing reads any more, lower the graph, and wrap it."""
         index = {node: i for i, node in enumerate(self._placeholders)}
-        step = recorded_step(result, [(node, source) for node, source, _ in self._added], self._settings)
+        added = [(node, source) for node, source, _ in self._added]
+        step = recorded_step(result, added, self._settings)
         kept = [node for node in self._placeholders if node.users]
         for node in self._placeholders:
             if not node.users:
                 self.gm.graph.erase_node(node)
         _name_after_sources(result)
-        _outline_ops(result, cpu=not self._settings.inline_cpu_ops, cuda=self._settings.records_steps)
+        if not self._settings.inline_cpu_ops:
+            _outline_ops(result, "cpu")
+        if self._settings.records_steps:
+            _outline_ops(result, "cuda")
         self.gm.graph.lint()
         self.gm.recompile()
         examples = [self._examples[node] if step is None else step.example(node) for node in kept]
@@ -209,13 +212,12 @@ class _DynamoDoor:
         # append would then have to work on a copy of the cache.
         inner = _lower(self.gm, examples, self._settings, reorder_for_locality=False)
         if step is not None:
-            added = [(node, source) for node, source, _ in self._added]
             inner = step.wrap(inner, kept, added, result.bindings[0].shape.device)
         return CacheCall(
             inner,
             [self._site_call(binding, index) for binding in result.bindings],
             [index[node] for node in kept],
-            [source for _, source, _ in self._added],
+            [source for _, source in added],
             self._num_outputs,
             {i: (self._rows[site.index], role) for i, (site, role) in result.cache_outputs.items()},
         )
@@ -278,10 +280,9 @@ def _name_after_sources(result: RewriteResult) -> None:
     first._rename(f"{first.name}_{source_hash()}")
 
 
-def _outline_ops(result: RewriteResult, **device_types: bool) -> None:
-    for device_type, is_outlined in device_types.items():
-        for node in _scheme_nodes(result, device_type) if is_outlined else ():
-            node.target = outlined(node.target)
+def _outline_ops(result: RewriteResult, device_type: str) -> None:
+    for node in _scheme_nodes(result, device_type):
+        node.target = outlined(node.target)
 
 
 def _value(node: Node) -> Any:

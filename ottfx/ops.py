@@ -28,7 +28,7 @@ def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *
         mutates: the parameters that it writes to, exactly.
         outline: also register `ottfx::<name>_outlined`, the same operator as one opaque call. Inductor needs many
             seconds for the C++ of one affine op, so the CPU door calls the twin (`outlined`) unless told otherwise,
-            and so does a graph that is recorded, where a call costs the host nothing.
+            and so do the graphs of a model whose steps are recorded, where a call costs the host nothing.
     """
     torch.library.triton_op(f"ottfx::{name}", function, mutates_args=set(mutates))
     op = getattr(torch.ops.ottfx, name).default

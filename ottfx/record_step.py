@@ -103,7 +103,6 @@ def recorded_step(
     if isinstance(shapes, FixedShapes):
         return RecordedStep(shapes, settings)
     counters["refusals"] += 1
-    if shapes not in settings.told:
-        settings.told.add(shapes)
+    if settings.is_news(shapes):
         log.warning("ottfx: a decode step is not recorded, it runs as without a mode: %s.", shapes)
     return None

@@ -39,7 +39,13 @@ class Settings:
     on_graph: Callable[[RewriteResult], None] | None = None
     """Called with what happened to each graph, before it is lowered."""
     told: set[str] = field(default_factory=set)
-    """Reasons for leaving attentions alone that were logged already."""
+    """Reasons that were logged already."""
+
+    def is_news(self, reason: str) -> bool:
+        """Whether a reason has not been asked for before: each is logged once for a compiled model."""
+        known = reason in self.told
+        self.told.add(reason)
+        return not known
 
 
 def make_settings(

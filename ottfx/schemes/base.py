@@ -28,6 +28,17 @@ Role = Literal["key", "value"]
 Part = Literal["codes", "scales", "residual", "pool", "tables", "dense"]
 
 
+def is_always(size: Any, number: int) -> bool:
+    """Whether a size is this number in every call of a graph. Adds no guard."""
+    return isinstance(size, int) and size == number
+
+
+def new_positions(lengths: Tensor, site: int, q_len: int) -> Tensor:
+    """Return int64 [q_len]: the positions of the new tokens, which follow `lengths[site, 0]` stored ones."""
+    first = lengths[site, :1]
+    return first if is_always(q_len, 1) else first + torch.arange(q_len, device=lengths.device)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheShape:
     """Sizes of one half (keys or values) of one layer's cache. `batch_size` and `pages` may be symbolic."""

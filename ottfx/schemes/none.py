@@ -9,10 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ottfx.affine_schedule import is_always, new_positions
 from ottfx.ops import bind
 from ottfx.registry import register_scheme
-from ottfx.schemes.base import ANY_LENGTH, PAGE, CacheShape, Role, Scheme, SchemeConfig, TensorSpec
+from ottfx.schemes.base import (
+    ANY_LENGTH,
+    PAGE,
+    CacheShape,
+    Role,
+    Scheme,
+    SchemeConfig,
+    TensorSpec,
+    is_always,
+    new_positions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
