@@ -24,6 +24,7 @@ ZERO_DROP = tl.constexpr(256.0)
 """Zero points are used this much smaller, so that they fit float16 when they are lifted."""
 WEIGHT_LIFT = tl.constexpr(15)
 """Weights times value scales, at most 1, are used as float16 larger by 2 to this power."""
+WEIGHT_UNIT = tl.constexpr(0.5**WEIGHT_LIFT.value)
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def attend_packed(
     score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
     if SINGLE:
         score_unit = tl.max(score_unit, axis=0) + tl.zeros([4], tl.float32)
-    value_lift = by_row(power_of_2(WEIGHT_LIFT - lift_exponent(lane_token(NG, TILE), VALUE_BITS)), NG, TILE)
+    value_lift = by_row(power_of_2(-lift_exponent(lane_token(NG, TILE), VALUE_BITS) + WEIGHT_LIFT), NG, TILE)
 
     key_codes_ptr += pair * pages * (4 * HEAD_DIM * KEY_BITS)
     key_scale_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
@@ -230,7 +231,7 @@ def attend_packed(
     # Row R * 8 + n of the product is channel 32 * (R / 4) + 4 * n + R % 4.
     r = tl.arange(0, BLOCK_D)
     channel = r // 32 * 32 + r % 8 * 4 + r // 8 % 4
-    acc *= unit * (SUBNORMAL / (1 << WEIGHT_LIFT))
+    acc *= unit * (SUBNORMAL * WEIGHT_UNIT)
     if SINGLE:
         total = tl.sum(acc, axis=1) + tl.max(tl.sum(zero_sum, axis=0), axis=0)
         # In column 0; the other columns are not live.
