@@ -72,7 +72,14 @@ def measure(name: str, layers: int, options: argparse.Namespace) -> dict[str, An
 
 
 def _child(name: str, layers: int, options: argparse.Namespace, folder: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--child", name, "--layers", str(layers)]
+    return in_new_process("benchmarks.compile_time", name, layers, options, folder)
+
+
+def in_new_process(
+    module: str, name: str, layers: int, options: argparse.Namespace, folder: str, *more: str
+) -> dict[str, float]:
+    """Run a benchmark with `--child name` in a process whose disk caches are in `folder`; return what it prints."""
+    command = [sys.executable, "-m", module, "--child", name, "--layers", str(layers), *more]
     command += ["--shape", options.shape, "--scheme", options.scheme, "--bits", str(options.bits)]
     command += ["--lower", options.lower, "--device", options.device]
     environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_FORCE_DISABLE_CACHES"}

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.cache_call import ROLES
 from ottfx.cache_state import CacheHalf, pages_to_allocate
 from ottfx.registry import get_scheme
-from ottfx.schemes.base import PAGE, CacheShape, SchemeConfig
+from ottfx.schemes.base import PAGE, ROLES, CacheShape, SchemeConfig
 
 Halves = tuple[CacheHalf, CacheHalf]
 

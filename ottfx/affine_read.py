@@ -220,13 +220,21 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
 
 
 def rewind(
-    role: Role, state: Mapping[str, Tensor], bits: int, group_size: int, capacity: int, packed: int, length: int
+    role: Role,
+    state: Mapping[str, Tensor],
+    bits: int,
+    group_size: int,
+    capacity: int,
+    packed: int,
+    in_ring: int,
+    length: int,
 ) -> int:
     """Forget the tokens from `length` on, in place; return how many of the rest are codes.
 
     The new packed length is a multiple of `group_size` for both halves, as keys may not be packed less than values.
-    Tokens of a group that is cut go back to the ring, pool tokens with their exact values, and count as real: whether
-    they were padding is no longer known. Tracing that has stopped stays so, unless nothing stays packed.
+    Tokens of a group that is cut are read from the ring again. Those whose rows were overwritten go back there as
+    their dequantized values, pool tokens with their exact ones, and count as real: whether they were padding is no
+    longer known. Tracing that has stopped stays so, unless nothing stays packed.
 
     Args:
         role: which half `state` is.
@@ -235,17 +243,19 @@ def rewind(
         group_size: tokens of a key group.
         capacity: seats of the outlier pool.
         packed: tokens that are codes now.
+        in_ring: how many of them, the newest, are in the ring, too.
         length: tokens that stay.
     """
     remaining = min(packed, length // group_size * group_size)
     if remaining == packed:
         return packed
-    residual = state[f"{role}_residual"]
-    back = torch.arange(remaining, length, device=residual.device)
-    row = torch.remainder(back, residual.shape[2])
-    residual.index_copy_(2, row, read_tokens(role, state, bits, packed, remaining, length))
-    if role == "key":
-        state["residual_valid"].index_fill_(1, row[: packed - remaining], 1)
+    overwritten = min(packed - in_ring, length)
+    if remaining < overwritten:
+        residual = state[f"{role}_residual"]
+        row = torch.remainder(torch.arange(remaining, overwritten, device=residual.device), residual.shape[2])
+        residual.index_copy_(2, row, read_tokens(role, state, bits, packed, remaining, overwritten))
+        if role == "key":
+            state["residual_valid"].index_fill_(1, row, 1)
     if f"outlier_{role}" in state:
         _free_rows(role, state, capacity, remaining)
     return remaining

@@ -12,11 +12,9 @@ from torch import Tensor
 from ottfx.cache_state import CacheHalf, Payload, pages_to_allocate
 from ottfx.errors import CacheError
 from ottfx.kv_tensor import KVTensor
-from ottfx.schemes.base import CacheShape, Role, Scheme, SchemeConfig
+from ottfx.schemes.base import ROLES, CacheShape, Role, Scheme, SchemeConfig
 from ottfx.size_reader import Reader
 from ottfx.step_graph import StepGraph
-
-ROLES: tuple[Role, Role] = ("key", "value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

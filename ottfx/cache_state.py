@@ -57,11 +57,25 @@ class CacheHalf:
         tensors: name -> tensor, in the order in which the scheme's ops take them.
         high: tokens written.
         packed: how many of them are codes.
+        in_ring: how many of the packed tokens, the newest, the full-precision ring still holds as well. 0 is always
+            safe: it is what a half has whose tensors were put together elsewhere.
         readers: live payloads that look at this half.
         storage: another object whenever `tensors` are others; who knows their addresses can tell by it.
     """
 
-    __slots__ = ("config", "high", "packed", "readers", "role", "scheme", "shape", "specs", "storage", "tensors")
+    __slots__ = (
+        "config",
+        "high",
+        "in_ring",
+        "packed",
+        "readers",
+        "role",
+        "scheme",
+        "shape",
+        "specs",
+        "storage",
+        "tensors",
+    )
 
     def __init__(self, scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheShape) -> None:
         self.scheme = scheme
@@ -72,6 +86,7 @@ class CacheHalf:
         self.storage = object()
         self.high = 0
         self.packed = 0
+        self.in_ring = 0
         self.readers: weakref.WeakSet[Payload] = weakref.WeakSet()
         self.tensors: dict[str, Tensor] = {}
 
@@ -108,7 +123,9 @@ class CacheHalf:
         with torch.inference_mode(False):
             tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
         first = next(iter(tensors.values()))
-        return self.with_tensors(tensors, first.shape[0], first.device)
+        half = self.with_tensors(tensors, first.shape[0], first.device)
+        half.in_ring = self.in_ring
+        return half
 
     def with_tensors(self, tensors: dict[str, Tensor], batch_size: int, device: torch.device) -> CacheHalf:
         """Return a half with this one's scheme and lengths over other tensors."""
@@ -132,13 +149,20 @@ class CacheHalf:
     def rewind(self, length: int) -> None:
         """Forget every token from `length` on."""
         if length < self.high:
+            ring_start = self.packed - self.in_ring
             with torch.inference_mode(False), torch.no_grad():
-                self.packed = self.scheme.rewind(self.config, self.role, self.tensors, self.packed, length)
+                self.packed = self.scheme.rewind(
+                    self.config, self.role, self.tensors, self.packed, self.in_ring, length
+                )
+            # What the forgotten tokens overwrote stays lost, however short the sequence is now.
+            self.in_ring = max(0, self.packed - ring_start)
         self.high = length
 
     def advance(self, length: int) -> None:
         """Record that tokens up to `length` were written, and what the append op packed by that."""
+        ring_start = max(self.packed - self.in_ring, length - self.scheme.ring_rows(self.config))
         self.packed = self.scheme.packed_length(self.config, self.role, length, self.packed)
+        self.in_ring = max(0, self.packed - ring_start)
         self.high = length
 
     def bytes_by_part(self) -> dict[Part, int]:

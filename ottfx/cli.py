@@ -1,4 +1,7 @@
-"""The command line: `ottfx demo` shows the quantized cache at work on a real model; `ottfx eval` measures it."""
+"""The command line: `ottfx demo` shows the quantized cache on a real model; `ottfx eval` measures it.
+
+`ottfx export`, `ottfx run` and `ottfx inspect` are about compiled programs in a file (`ottfx/artifacts/commands.py`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from ottfx.errors import OttfxError
+from ottfx.artifacts.commands import register as register_artifact_commands
+from ottfx.command_output import errors_in_red, size_text
 
 if TYPE_CHECKING:
     from ottfx.demo import Comparison
@@ -93,31 +97,27 @@ def demo(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    with errors_in_red(), bar as progress:
         task = progress.add_task("starting", total=None)
 
         def tell(description: str) -> None:
             progress.update(task, description=description)
 
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # its libraries draw progress bars of their own
-                model, tokenizer = load_smollm2(getattr(torch, dtype), notify=tell)
-            result = compare(
-                model.to(device),
-                tokenizer,
-                prompt if prompt is not None else default_prompt(),
-                bits=bits,
-                scheme=scheme,
-                max_new_tokens=max_new_tokens,
-                on_stage=lambda stage: progress.reset(
-                    task, description=STAGES[stage], total=None if stage == "compile" else max_new_tokens
-                ),
-                on_token=lambda: progress.advance(task),
-            )
-        except OttfxError as error:
-            progress.stop()
-            Console(stderr=True).print(Text(str(error), style="red"))
-            raise typer.Exit(1) from error
+        with contextlib.redirect_stderr(io.StringIO()):  # its libraries draw progress bars of their own
+            model, tokenizer = load_smollm2(getattr(torch, dtype), notify=tell)
+        result = compare(
+            model.to(device),
+            tokenizer,
+            prompt if prompt is not None else default_prompt(),
+            bits=bits,
+            scheme=scheme,
+            max_new_tokens=max_new_tokens,
+            on_stage=lambda stage: progress.reset(
+                task, description=STAGES[stage], total=None if stage == "compile" else max_new_tokens
+            ),
+            on_token=lambda: progress.advance(task),
+        )
     label = scheme if bits is None else f"{scheme}, {bits} bits"
     console.print(_render(result, label=label, where=f"{device}, {dtype}"))
 
@@ -127,10 +127,10 @@ def _render(result: Comparison, *, label: str, where: str) -> Group:
     for heading in ("", "full precision", label):
         numbers.add_column(heading, justify="left" if not heading else "right")
     full, quantized = result.full, result.quantized
-    numbers.add_row("cache", f"{_size(result.full_bytes)} (at 16 bits)", _size(result.quantized_bytes))
+    numbers.add_row("cache", f"{size_text(result.full_bytes)} (at 16 bits)", size_text(result.quantized_bytes))
     for part, count in result.quantized_parts.items():
         if count:
-            numbers.add_row(f"  {part}", "", _size(count))
+            numbers.add_row(f"  {part}", "", size_text(count))
     numbers.add_row("smaller by", "", f"{result.full_bytes / result.quantized_bytes:.2f}x")
     numbers.add_row("new tokens", str(len(full.tokens)), str(len(quantized.tokens)))
     numbers.add_row("equal before the first difference", "", str(result.common_tokens))
@@ -142,10 +142,6 @@ def _render(result: Comparison, *, label: str, where: str) -> Group:
         Panel(Text(quantized.text), title=label, title_align="left"),
         numbers,
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def _speed(tokens_per_second: float) -> str:
@@ -160,6 +156,7 @@ def _register_evaluation() -> None:
 
 
 _register_evaluation()
+register_artifact_commands(app)
 
 if __name__ == "__main__":
     app()

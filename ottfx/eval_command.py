@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ottfx.errors import ConfigError, OttfxError
+from ottfx.command_output import errors_in_red
+from ottfx.errors import ArtifactError, ConfigError
 
 # torch takes seconds to import: functions that need it do so themselves, so that `--help` answers at once.
 if TYPE_CHECKING:
-    import torch
-
     from ottfx.results import Result, Variant
 
 SMOLLM2 = "smollm2"
@@ -44,7 +43,7 @@ def eval_command(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    try:
+    with errors_in_red():
         variants = study_variants() if study else default_variants(schemes.split(","), bits)
         results = run_evaluation(variants, model, device, dtype, text, tokens, start, out)
         typer.echo(markdown_table(results))
@@ -52,9 +51,6 @@ def eval_command(
             typer.echo(study_table(results))
         for file in write_results(results, out):
             typer.echo(f"wrote {file}")
-    except OttfxError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(1) from error
 
 
 def default_variants(schemes: Sequence[str], bits: int) -> list[Variant]:
@@ -90,18 +86,14 @@ def run_evaluation(
         out: where the results go, as for `write_results`; written anew after each variant.
 
     Raises:
-        ConfigError: `dtype` is not the name of a floating-point dtype; and as `ottfx.evaluate.evaluate`.
+        ConfigError: as `load_model` and `ottfx.evaluate.evaluate`.
     """
-    import torch
     from rich import progress as bars
 
     from ottfx.evaluate import evaluate
     from ottfx.results import write_results
 
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ConfigError(f"ottfx eval: dtype must be float32, float16 or bfloat16. Got {dtype!r}.")
-    language_model, tokenizer = _load(model, kind)
+    language_model, tokenizer = load_model(model, dtype)
     language_model = language_model.to(device)
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
     with bars.Progress(*columns, bars.TimeElapsedColumn(), bars.TimeRemainingColumn()) as progress:
@@ -131,11 +123,32 @@ def run_evaluation(
         )
 
 
-def _load(model: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_model(model: str, dtype: str) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: `smollm2`, or a model folder or hub name that `from_pretrained` takes.
+        dtype: name of a torch floating-point dtype, for the weights.
+
+    Raises:
+        ConfigError: `dtype` is not the name of a floating-point dtype.
+        ArtifactError: no model or no tokenizer could be loaded.
+    """
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"ottfx: dtype must be float32, float16 or bfloat16. Got {dtype!r}.")
     if model == SMOLLM2:
         from ottfx.models import load_smollm2
 
-        return load_smollm2(dtype, notify=typer.echo)
+        return load_smollm2(kind, notify=typer.echo)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), AutoTokenizer.from_pretrained(model)
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=kind), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"ottfx: expected {SMOLLM2}, or a folder or hub name of a causal language model and its tokenizer. "
+            f"Got {model!r}: {error}"
+        ) from error

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from ottfx.attention_site import AttentionSite, Binding, Refusal
 from ottfx.cache_call import CacheCall, SiteCall, StateInput
 from ottfx.errors import CacheError
+from ottfx.inductor_options import rewritten_graph_options, workarounds
 from ottfx.kv_tensor import KVTensor
 from ottfx.ops import outlined
 from ottfx.passes.graph_utils import graph_outputs
@@ -93,17 +94,9 @@ def _lower(
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    options = inductor_options | _inductor_workarounds(example_inputs) | settings.inductor_options
+    options = workarounds(example_inputs) | inductor_options | settings.inductor_options
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options or None)
     return compiled
-
-
-def _inductor_workarounds(example_inputs: Sequence[Any]) -> dict[str, Any]:
-    # Before torch 2.13, C++ may check an index above the line that computes it, and does not build: the padding mask of
-    # transformers' decode graph does so (pytorch/pytorch#187335). Without the checks a token id that is out of range
-    # raises no error in compiled CPU code.
-    on_cpu = all(x.device.type == "cpu" for x in example_inputs if isinstance(x, Tensor))
-    return {"assert_indirect_indexing": False} if on_cpu and torch.__version__ < "2.13" else {}
 
 
 class _DynamoDoor:
@@ -208,9 +201,7 @@ class _DynamoDoor:
         self.gm.recompile()
         examples = [self._examples[node] if step is None else step.example(node) for node in kept]
         examples += [example for _, _, example in self._added]
-        # Moving calls towards their users would put attention behind the append that changes what it reads, and the
-        # append would then have to work on a copy of the cache.
-        inner = _lower(self.gm, examples, self._settings, reorder_for_locality=False)
+        inner = _lower(self.gm, examples, self._settings, **rewritten_graph_options(examples))
         if step is not None:
             inner = step.wrap(inner, kept, added, result.bindings[0].shape.device)
         return CacheCall(

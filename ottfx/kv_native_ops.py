@@ -95,6 +95,7 @@ def _cat_batch(tensors: list[Tensor]) -> Any:
     with torch.inference_mode(False):
         joined = {name: torch.cat([h.tensors[name] for h in halves]) for name in first.tensors}
     half = first.with_tensors(joined, sum(h.shape.batch_size for h in halves), first.shape.device)
+    half.in_ring = min(h.in_ring for h in halves)
     return KVTensor.from_payload(Payload(half, half.high))
 
 

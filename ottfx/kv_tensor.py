@@ -154,8 +154,8 @@ class KVTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CacheError(
-            "ottfx.KVTensor: a quantized cache cannot be pickled. Save `tensor.dequantize()`, or keep the prompt and "
-            "run it again."
+            "ottfx.KVTensor: a quantized cache cannot be pickled. Write the whole cache with "
+            "ottfx.save_cache(cache, path) and read it with ottfx.load_cache(path)."
         )
 
     def _dense(self, op: str) -> Tensor:

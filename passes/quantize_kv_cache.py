@@ -14,9 +14,7 @@ from torch.fx.graph import CodeGen
 from ottfx.attention_site import AttentionSite, Binding
 from ottfx.passes.graph_utils import graph_outputs, node_value, shape_of, static_int
 from ottfx.passes.spellings import METADATA_CHECK, SIZE, is_guard_call, is_no_op, is_size_query
-from ottfx.schemes.base import Role, TensorSpec
-
-ROLES: tuple[Role, Role] = ("key", "value")
+from ottfx.schemes.base import ROLES, Role, TensorSpec
 
 
 class GraphInputs(Protocol):

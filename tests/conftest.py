@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,25 @@ def fresh_state() -> Iterator[None]:
     yield
     assert torch.get_default_dtype() == default_dtype, "the test left another default dtype"
     assert torch.is_grad_enabled(), "the test left grad mode off"
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported Llama of one layer, scheme ott with an outlier pool in that layer. It takes minutes.
+
+    Modules that use it carry `pytest.mark.xdist_group("artifact")`, so that one test process makes it.
+    """
+    from byte_tokenizer import byte_tokenizer
+    from tiny_models import tiny_model
+
+    import ottfx
+
+    if torch.__version__ < "2.12" and not torch.cuda.is_available():
+        pytest.skip("artifacts for the CPU need torch 2.12")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_model("llama", num_hidden_layers=1, vocab_size=256).to(device)
+    path = tmp_path_factory.mktemp("artifact") / "tiny.pt2"
+    return ottfx.export(model, path, bits=2, exempt_layers=(), tokenizer=byte_tokenizer())
 
 
 @pytest.fixture

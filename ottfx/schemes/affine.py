@@ -165,19 +165,16 @@ class AffineScheme(Scheme[Config]):
             spec["residual_valid"] = TensorSpec(shape=(shape.batch_size, ring), dtype=torch.uint8, part="tables")
         return spec
 
-    def packed_length(self, config: Config, role: Role, length: int, packed: int) -> int:
-        """Return how many tokens are codes once `length` tokens are stored, given `packed` before."""
-        window, step = self.schedule(config, role)
-        return max(packed, (length - window) // step * step)
-
     def read(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         """Dequantize the first `length` tokens; those of the outlier pool have their exact values."""
         return read_tokens(role, state, config.bits_of(role), packed, 0, length)
 
-    def rewind(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(
+        self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, in_ring: int, length: int
+    ) -> int:
         """Forget every token from `length` on; what stays packed are whole groups of `group_size` tokens."""
         seats, _ = self.pool_rows(config)
-        return rewind(role, state, config.bits_of(role), config.group_size, seats, packed, length)
+        return rewind(role, state, config.bits_of(role), config.group_size, seats, packed, in_ring, length)
 
 
 def _is_int(number: Any) -> bool:

@@ -25,6 +25,7 @@ ANY_LENGTH = -1
 """Stands for `past_length` in a graph that one set of arguments serves for all lengths."""
 
 Role = Literal["key", "value"]
+ROLES: tuple[Role, Role] = ("key", "value")
 Part = Literal["codes", "scales", "residual", "pool", "tables", "dense"]
 
 
@@ -128,25 +129,41 @@ class Scheme(ABC, Generic[Config]):
     def constants(self, config: Config) -> tuple[Any, ...]:
         """Trailing int, float or bool operands of both ops."""
 
-    @abstractmethod
-    def packed_length(self, config: Config, role: Role, length: int, packed: int) -> int:
-        """Tokens of this half that are codes once `length` tokens are stored, given `packed` before.
+    def schedule(self, config: Config, role: Role) -> tuple[int, int] | None:
+        """Return (window, step) of one half, in tokens: see `packed_length`. None: nothing is ever packed."""
+        return None
 
-        The ops compute the same number on the device from `lengths`.
+    def packed_length(self, config: Config, role: Role, length: int, packed: int) -> int:
+        """Return how many tokens of this half are codes once `length` tokens are stored, given `packed` before.
+
+        Whole steps outside the window. The ops compute the same number on the device from `lengths`, and other hosts
+        of exported programs from the `schedule` in the manifest.
         """
+        schedule = self.schedule(config, role)
+        if schedule is None:
+            return 0
+        window, step = schedule
+        return max(packed, (length - window) // step * step)
 
     @abstractmethod
     def read(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         """Dequantize the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`, in logical dtype."""
 
     @abstractmethod
-    def rewind(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(
+        self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, in_ring: int, length: int
+    ) -> int:
         """Forget every token from `length` on, in place; return the new packed length.
 
-        Tokens of a group that is cut in two go back to the residual window as their dequantized values. It must be
-        called for both halves whenever tokens are forgotten, also where `length >= packed`: the keys' groups may
-        require that values are unpacked, too.
+        Tokens of a group that is cut in two go back to the residual window: the newest `in_ring` of the packed tokens
+        are still there and stay as they are, older ones come back as their dequantized values. It must be called for
+        both halves whenever tokens are forgotten, also where `length >= packed`: the keys' groups may require that
+        values are unpacked, too.
         """
+
+    def ring_rows(self, config: Config) -> int:
+        """Return how many of the newest tokens written stay in full precision, packed or not; 0 promises none."""
+        return 0
 
     def pages_needed(self, config: Config, length: int) -> int:
         """Pages that storing `length` tokens takes; at least 1."""

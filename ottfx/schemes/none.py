@@ -102,14 +102,12 @@ class NoneScheme(Scheme[NoneConfig]):
         """No trailing operands."""
         return ()
 
-    def packed_length(self, config: NoneConfig, role: Role, length: int, packed: int) -> int:
-        """Nothing is ever a code."""
-        return 0
-
     def read(self, config: NoneConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         """Copy the first `length` tokens."""
         return state[f"{role}_data"].narrow(2, 0, length).clone()
 
-    def rewind(self, config: NoneConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(
+        self, config: NoneConfig, role: Role, state: Mapping[str, Tensor], packed: int, in_ring: int, length: int
+    ) -> int:
         """Nothing to do: later tokens are overwritten."""
         return 0

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from tiny_models import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -17,12 +17,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% en
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
+    return byte_tokenizer(chat_template=CHAT_TEMPLATE)
 
 
 @pytest.fixture
@@ -37,7 +32,7 @@ def invoke(*arguments: str):
 def test_help_names_the_commands():
     result = invoke("--help")
     assert result.exit_code == 0
-    assert "demo" in result.output and "eval" in result.output
+    assert all(name in result.output for name in ("demo", "eval", "export", "run", "inspect"))
 
 
 def test_version_is_printed():

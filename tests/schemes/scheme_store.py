@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ottfx.cache_state import CacheHalf
 from ottfx.registry import get_scheme
 from ottfx.schemes.base import PAGE, CacheShape, Role, SchemeConfig
 
@@ -14,7 +15,7 @@ ROLES: tuple[Role, Role] = ("key", "value")
 
 
 class Store:
-    """State tensors of both halves and the lengths that the caller keeps."""
+    """Both halves of one layer."""
 
     def __init__(
         self,
@@ -37,15 +38,21 @@ class Store:
             device=torch.device(device),
         )
         assert self.scheme.check(config, self.shape) is None
-        self.state: dict[Role, dict[str, Tensor]] = {
-            role: {
-                name: torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device)
-                for name, spec in self.scheme.state_spec(config, role, self.shape).items()
-            }
-            for role in ROLES
+        self.halves: dict[Role, CacheHalf] = {
+            role: CacheHalf.allocate(self.scheme, config, role, self.shape) for role in ROLES
         }
-        self.length = 0
-        self.packed: dict[Role, int] = {"key": 0, "value": 0}
+
+    @property
+    def state(self) -> dict[Role, dict[str, Tensor]]:
+        return {role: half.tensors for role, half in self.halves.items()}
+
+    @property
+    def length(self) -> int:
+        return self.halves["key"].high
+
+    @property
+    def packed(self) -> dict[Role, int]:
+        return {role: half.packed for role, half in self.halves.items()}
 
     def lengths(self) -> Tensor:
         row = [self.length, self.packed["key"], self.packed["value"]]
@@ -57,9 +64,11 @@ class Store:
 
     def append(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         self.scheme.append_op(key, value, mask, self.lengths(), 1, *self.tail_operands())
-        self.length += key.shape[2]
-        for role in ROLES:
-            self.packed[role] = self.scheme.packed_length(self.config, role, self.length, self.packed[role])
+        self.advance(self.length + key.shape[2])
+
+    def advance(self, length: int) -> None:
+        for half in self.halves.values():
+            half.advance(length)
 
     def append_in_chunks(self, key: Tensor, value: Tensor, sizes: list[int], valid: Tensor | None = None) -> None:
         start = 0
@@ -78,12 +87,11 @@ class Store:
         )
 
     def read(self, role: Role) -> Tensor:
-        return self.scheme.read(self.config, role, self.state[role], self.packed[role], self.length)
+        return self.halves[role].read(self.length)
 
     def crop(self, length: int) -> None:
-        for role in ROLES:
-            self.packed[role] = self.scheme.rewind(self.config, role, self.state[role], self.packed[role], length)
-        self.length = length
+        for half in self.halves.values():
+            half.rewind(length)
 
     def pool_positions(self, batch: int, head: int) -> tuple[set[int], set[int]]:
         """Positions in the pool and in the spill pool of one head."""

@@ -179,8 +179,7 @@ def test_batch_order_does_not_matter():
         store.append_in_chunks(key[permutation], value[permutation], [100, 1, 49])
         stores.append(store)
     straight, mixed = stores
-    for role in straight.state:
-        straight.state[role] = {name: tensor[order] for name, tensor in straight.state[role].items()}
+    straight.halves = {role: half.map_batch(lambda tensor: tensor[order]) for role, half in straight.halves.items()}
     assert state_difference(straight, mixed) == []
 
 

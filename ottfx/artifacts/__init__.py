@@ -1,0 +1,1 @@
+"""Files that ottfx writes and reads: compiled models with their packed state, and saved caches."""

@@ -1,0 +1,30 @@
+"""What the commands share in what they print."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ottfx.errors import OttfxError
+
+
+@contextlib.contextmanager
+def errors_in_red() -> Iterator[None]:
+    """Print an error of ottfx in red instead of a traceback, and leave with exit code 1."""
+    try:
+        yield
+    except OttfxError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(str(error), style="red"))
+        raise typer.Exit(1) from error
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes with its unit, such as `1.50 MiB`."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} B"
