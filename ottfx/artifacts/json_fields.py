@@ -76,5 +76,5 @@ def _short(value: Any) -> str:
 
 def _wrong(where: str, expected: str, got: str) -> ArtifactError:
     return ArtifactError(
-        f"{where}: must be {expected}. Got {got}. The file is damaged, or ottfx.export did not write it."
+        f"{where}: must be {expected}. Got {got}. The file is damaged, or ottfx did not write it."
     )

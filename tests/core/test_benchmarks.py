@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import append, attention, compile_time, generate, memory, prefill
+from benchmarks import append, artifact, attention, compile_time, generate, memory, prefill
 from benchmarks.configurations import CONFIGURATIONS, Quantization, configured, fill_cache, new_cache
 from benchmarks.packed_state import bytes_read, random_halves
 from benchmarks.runner import Case, command_line, run_cases
@@ -77,6 +77,13 @@ def test_prefill(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_artifact(tmp_path):
+    rows = run(artifact, tmp_path)
+    assert [row["configuration"] for row in rows] == ["compiled", "compiled-warm", "artifact"]
+    assert float(rows[2]["first_token_s"]) < float(rows[0]["first_token_s"]) / 10
+
+
 def test_compile_time(tmp_path):
     (row,) = run(compile_time, tmp_path, "--lower", "eager", *only("*/ottfx"))
     assert float(row["first_step_s"]) > float(row["third_step_s"]) > 0
