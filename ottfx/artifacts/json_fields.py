@@ -75,6 +75,4 @@ def _short(value: Any) -> str:
 
 
 def _wrong(where: str, expected: str, got: str) -> ArtifactError:
-    return ArtifactError(
-        f"{where}: must be {expected}. Got {got}. The file is damaged, or ottfx did not write it."
-    )
+    return ArtifactError(f"{where}: must be {expected}. Got {got}. The file is damaged, or ottfx did not write it.")
