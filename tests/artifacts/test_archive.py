@@ -554,6 +554,7 @@ test_archive.write(Path({str(tmp_path)!r}), {location!r})
 # ---- torch
 
 
+@pytest.mark.slow
 # Of copy.deepcopy, about a class of torch.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 def test_torch_opens_it(tmp_path):

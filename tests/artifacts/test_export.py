@@ -215,6 +215,7 @@ def test_wrong_arguments_of_export(tmp_path, model, options, text):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_exported_format_is_a_folder_that_torch_opens(tmp_path):
     model = tiny_model("llama", num_hidden_layers=1)
     model.train()

@@ -47,7 +47,13 @@ def chunks_of(tokens, mask, lengths):
         start += length
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each kind: rotary, learned and offset positions, one KV head, windows. The others are slow ones.
+EVERY_TIME = ("llama", "gpt2", "opt", "falcon", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in EVERY_TIME else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_programs_compute_what_the_model_does(family):
     model = tiny_model(family)
     eager = Eager(model, call_transformers, "none")
