@@ -6,11 +6,12 @@ import csv
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ottfx.versions import installed_version
 
 FOLDER = Path("benchmarks/results")
 PACKAGES = ("triton", "transformers")
@@ -19,7 +20,7 @@ PACKAGES = ("triton", "transformers")
 def conditions(device: str) -> dict[str, str]:
     """Return what every row depends on besides its labels: card, versions of packages, date."""
     card = torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}"
-    versions = {"torch": torch.__version__, **{name: _version(name) for name in PACKAGES}}
+    versions = {"torch": torch.__version__, **{name: installed_version(name) or "not installed" for name in PACKAGES}}
     return {"card": card, **versions, "date": date.today().isoformat()}
 
 
@@ -56,10 +57,3 @@ def as_text(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value).replace("|", "/").replace("\n", " ")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

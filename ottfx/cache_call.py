@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ottfx.cache_state import CacheHalf, Payload, pages_to_allocate
+from ottfx.cache_state import CacheHalf, Payload, make_room, near, pages_to_allocate, queue_to
 from ottfx.errors import CacheError
 from ottfx.kv_tensor import KVTensor
 from ottfx.schemes.base import ROLES, CacheShape, Role, Scheme, SchemeConfig
@@ -88,7 +88,7 @@ class CacheCall:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run the graph on Dynamo's arguments."""
         caches = [_open(site, args) for site in self._sites]
-        _make_room(self._sites, caches)
+        make_room([(half, cache.past + cache.q_len) for cache in caches for half in cache.halves])
         lengths = self._lengths(caches)
         arguments = [args[i] for i in self._kept]
         for added in self._added:
@@ -119,16 +119,7 @@ class CacheCall:
         rows = [(c.past, c.halves[0].packed, c.halves[1].packed) for c in caches]
         lengths, device = torch.tensor(rows, dtype=torch.int64), self._sites[0].device
         # A recorded step copies it into a buffer of its own.
-        return _near(lengths, device) if isinstance(self._inner, StepGraph) else _to_device(lengths, device)
-
-
-def _near(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory a copy is queued; from ordinary memory the host would wait for the device.
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return _near(tensor, device).to(device, non_blocking=True)
+        return near(lengths, device) if isinstance(self._inner, StepGraph) else queue_to(lengths, device)
 
 
 def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
@@ -201,21 +192,9 @@ def _pack_tail(site: SiteCall, halves: list[CacheHalf], key: Tensor, value: Tens
     total = past + key.shape[2]
     for half in halves:
         half.grow(pages_to_allocate(site.scheme.pages_needed(site.config, total), half.shape.pages))
-    lengths = _to_device(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
+    lengths = queue_to(torch.tensor([[past, halves[0].packed, halves[1].packed]]), site.device)
     state = [tensor for half in halves for tensor in half.tensors.values()]
     with torch.no_grad():
         site.scheme.append_op(key, value, None, lengths, 0, *state, *site.scheme.constants(site.config))
     for half in halves:
         half.advance(total)
-
-
-def _make_room(sites: Sequence[SiteCall], caches: Sequence[_Cache]) -> None:
-    """Grow every half to the one capacity that all sites of a call share."""
-    pages = 0
-    for site, cache in zip(sites, caches, strict=True):
-        needed = site.scheme.pages_needed(site.config, cache.past + cache.q_len)
-        for half in cache.halves:
-            pages = max(pages, pages_to_allocate(needed, half.shape.pages))
-    for cache in caches:
-        for half in cache.halves:
-            half.grow(pages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -184,6 +184,25 @@ class CacheHalf:
         )
         self.specs = self.scheme.state_spec(self.config, self.role, self.shape)
         self.storage = object()
+
+
+def make_room(lengths: Sequence[tuple[CacheHalf, int]]) -> None:
+    """Grow halves to the one capacity that all of a call share, in which each holds its number of tokens."""
+    pages = max(
+        pages_to_allocate(half.scheme.pages_needed(half.config, length), half.shape.pages) for half, length in lengths
+    )
+    for half, _ in lengths:
+        half.grow(pages)
+
+
+def near(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor from where it can be queued to a device: without this the host would wait for the copy."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def queue_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device; the copy is queued."""
+    return near(tensor, device).to(device, non_blocking=True)
 
 
 def pages_to_allocate(needed: int, held: int) -> int:

@@ -8,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from ottfx.artifacts.commands import register as register_artifact_commands
-from ottfx.command_output import errors_in_red, size_text
+from ottfx.command_output import errors_in_red, progress_bar, quiet_transformers, size_text
+from ottfx.versions import installed_version
 
 if TYPE_CHECKING:
     from ottfx.demo import Comparison
@@ -44,10 +43,7 @@ STAGES = {
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        try:
-            console.print(version("ottfx"))
-        except PackageNotFoundError:
-            console.print("not installed: running from a checkout")
+        console.print(installed_version("ottfx") or "not installed: running from a checkout")
         raise typer.Exit
 
 
@@ -83,22 +79,18 @@ def demo(
     The weights (93 MB) are fetched once, into the cache folder.
     """
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from ottfx.demo import compare, default_prompt
     from ottfx.models import load_smollm2
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_transformers()
     if dtype not in DTYPES:
         raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}. Got {dtype!r}.", param_hint="--dtype")
     if threads:
         torch.set_num_threads(threads)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-    with errors_in_red(), bar as progress:
+    with errors_in_red(), progress_bar(console) as progress:
         task = progress.add_task("starting", total=None)
 
         def tell(description: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from ottfx.errors import OttfxError
@@ -20,6 +21,20 @@ def errors_in_red() -> Iterator[None]:
     except OttfxError as error:
         Console(stderr=True, soft_wrap=True).print(Text(str(error), style="red"))
         raise typer.Exit(1) from error
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """Return the display of a long command: what it does, how far it is, how long it took. It vanishes at the end."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+
+
+def quiet_transformers() -> None:
+    """Keep what transformers prints of its own out of a command's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def size_text(count: float) -> str:

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
@@ -22,6 +21,7 @@ from ottfx.kv_tensor import KVTensor
 from ottfx.metrics import PositionMetrics, bootstrap_interval, formula_bits, kl_divergence
 from ottfx.results import Conditions, Result, Variant
 from ottfx.schemes.base import Role
+from ottfx.versions import installed_version
 
 OnStep = Callable[[str, int, int], None]
 """Called with (label, steps done, steps in all) after each step."""
@@ -99,7 +99,10 @@ def evaluate(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         attention=str(getattr(config, "_attn_implementation", "unknown")),
-        versions=", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "triton", "ottfx")),
+        versions=", ".join(
+            f"{name} {installed_version(name) or 'not installed'}"
+            for name in ("torch", "transformers", "triton", "ottfx")
+        ),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     ids = ids.to(device)
@@ -247,10 +250,3 @@ def _token_ids(tokenizer_or_ids: Any, text: str, num_tokens: int) -> Tensor:
             "Give a longer text, or a smaller num_tokens."
         )
     return ids[:, :num_tokens]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -13,16 +13,16 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node
 
 from ottfx.attention_site import AttentionSite, Binding, Refusal
+from ottfx.bind_site import bind_site
 from ottfx.cache_call import CacheCall, SiteCall, StateInput
 from ottfx.errors import CacheError
-from ottfx.inductor_options import rewritten_graph_options, workarounds
+from ottfx.inductor_options import REWRITTEN_GRAPH, workarounds
 from ottfx.kv_tensor import KVTensor
 from ottfx.ops import outlined
 from ottfx.passes.graph_utils import graph_outputs
 from ottfx.pipeline import RewriteResult, rewrite_graph
 from ottfx.record_step import recorded_step
-from ottfx.registry import get_scheme
-from ottfx.schemes.base import CacheShape, Role, TensorSpec
+from ottfx.schemes.base import Role, TensorSpec
 from ottfx.settings import Settings
 from ottfx.size_reader import SizeReader
 from ottfx.source_hash import source_hash
@@ -94,7 +94,7 @@ def _lower(
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
 
-    options = workarounds(example_inputs) | inductor_options | settings.inductor_options
+    options = inductor_options | workarounds(example_inputs) | settings.inductor_options
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options or None)
     return compiled
 
@@ -133,25 +133,18 @@ class _DynamoDoor:
                     index=site.index, name=site.name, reason=f"keys and values are stored differently: {stored}"
                 )
             config = stored[0] or config
-        scheme = get_scheme(config.scheme)
-        key = _value(site.key)
-        shape = CacheShape(
-            batch_size=key.shape[0],
-            num_kv_heads=int(key.shape[1]),
-            head_dim=int(key.shape[3]),
-            pages=self._symbolic_pages(),
-            dtype=key.dtype,
-            device=key.device,
-        )
-        reason = scheme.check(config, shape) or self._refuse_device(key.device)
+        bound = bind_site(site, config, row=len(self._rows), pages=self._symbolic_pages())
+        if isinstance(bound, Refusal):
+            return bound
+        shape = bound.shape
+        reason = self._refuse_device(shape.device)
         if reason is not None:
             return Refusal(index=site.index, name=site.name, reason=reason)
         if not self._rows and isinstance(shape.pages, torch.SymInt):
             # Inductor wants to see the symbol by itself; the state tensors have sizes that are multiples of it.
             self._add("cache_pages", StateInput(kind="pages"), shape.pages)
-        row = len(self._rows)
-        self._rows[site.index] = row
-        return Binding(site=site, scheme=scheme, config=config, row=row, shape=shape)
+        self._rows[site.index] = bound.row
+        return bound
 
     def state(self, site: AttentionSite, role: Role, name: str, spec: TensorSpec) -> Node:
         """Add an input for one state tensor."""
@@ -201,7 +194,7 @@ class _DynamoDoor:
         self.gm.recompile()
         examples = [self._examples[node] if step is None else step.example(node) for node in kept]
         examples += [example for _, _, example in self._added]
-        inner = _lower(self.gm, examples, self._settings, **rewritten_graph_options(examples))
+        inner = _lower(self.gm, examples, self._settings, **REWRITTEN_GRAPH)
         if step is not None:
             inner = step.wrap(inner, kept, added, result.bindings[0].shape.device)
         return CacheCall(

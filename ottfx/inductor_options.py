@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Moving calls towards their users would put attention behind the append that changes what it reads, and the append
+# would then have to work on a copy of the cache.
+REWRITTEN_GRAPH = {"reorder_for_locality": False}
+"""Inductor options for a graph that appends to a cache."""
 
-def rewritten_graph_options(example_inputs: Iterable[Any]) -> dict[str, Any]:
-    """Return the Inductor options for a graph that appends to a cache."""
-    # Moving calls towards their users would put attention behind the append that changes what it reads, and the append
-    # would then have to work on a copy of the cache.
-    return {"reorder_for_locality": False, **workarounds(example_inputs)}
+
+def can_see_through_cpu_ops() -> bool:
+    """Whether Inductor's C++ of a scheme's ops is right in this version of torch."""
+    # Fusing loops of different ranges drops the order of a read and a later write (pytorch/pytorch#177816):
+    # a token is then packed after the ring row that holds it was overwritten.
+    return torch.__version__ >= "2.12"
 
 
 def workarounds(example_inputs: Iterable[Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from ottfx.errors import ConfigError
+from ottfx.inductor_options import can_see_through_cpu_ops
 from ottfx.registry import make_config
 from ottfx.schemes.base import SchemeConfig
 from ottfx.step_graph import RecordingPool
@@ -70,9 +71,7 @@ def make_settings(
     if lower not in LOWERINGS:
         raise ConfigError(f"ottfx: {where}: lower must be one of {list(LOWERINGS)}. Got lower={lower!r}.")
     inline_cpu_ops = bool(remaining.pop("inline_cpu_ops", False))
-    if inline_cpu_ops and torch.__version__ < "2.12":
-        # Fusing loops of different ranges drops the order of a read and a later write (pytorch/pytorch#177816):
-        # a token is then packed after the ring row that holds it was overwritten.
+    if inline_cpu_ops and not can_see_through_cpu_ops():
         raise ConfigError(
             f"ottfx: {where}: inline_cpu_ops must be False with torch {torch.__version__}, whose Inductor may write to "
             "the cache before it reads it. Got inline_cpu_ops=True. Leave it out, or use torch 2.12 or newer."

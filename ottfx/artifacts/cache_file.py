@@ -21,7 +21,6 @@ from torch import Tensor
 from ottfx.artifacts.atomic_file import atomic_file
 from ottfx.artifacts.cache_kinds import LAYER_CLASSES, CacheLayer, SlidingAttributes, put_together, take_apart
 from ottfx.artifacts.json_fields import read_fields
-from ottfx.artifacts.machine import versions_here
 from ottfx.artifacts.stored_half import (
     PackedHalf,
     StoredHalf,
@@ -34,6 +33,7 @@ from ottfx.artifacts.stored_half import (
 from ottfx.cache_state import CacheHalf, pages_to_allocate
 from ottfx.errors import ArtifactError
 from ottfx.schemes.base import ROLES
+from ottfx.versions import installed_version
 
 FORMAT_VERSION = 1
 METADATA_KEY = "ottfx_cache"
@@ -246,4 +246,4 @@ def _check_tensors(tensors: Mapping[str, Tensor], layers: Sequence[CacheLayer], 
 
 
 def _ottfx_version() -> str:
-    return versions_here().get("ottfx", "not installed")
+    return installed_version("ottfx") or "not installed"

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ottfx.command_output import errors_in_red, size_text
+from ottfx.command_output import errors_in_red, progress_bar, quiet_transformers, size_text
 from ottfx.errors import ArtifactError, ConfigError
 
 # torch and transformers take seconds to import: functions that need them do so themselves.
@@ -61,14 +60,12 @@ def export_command(
     from ottfx.artifacts.report import bytes_per_token
     from ottfx.eval_command import load_model
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeElapsedColumn(), transient=True)
     with errors_in_red():
         options = parse_options(option or [])
         start = time.perf_counter()
-        with bar as progress:
+        with progress_bar() as progress:
             task = progress.add_task("load the model", total=None)
-            _quiet_transformers()
+            quiet_transformers()
             with contextlib.redirect_stderr(io.StringIO()):  # its libraries draw progress bars of their own
                 language_model, tokenizer = load_model(model, dtype)
             ottfx.export(
@@ -130,7 +127,7 @@ def run_command(
 
     import ottfx
 
-    _quiet_transformers()
+    quiet_transformers()
     with errors_in_red():
         start = time.perf_counter()
         program = ottfx.load(path)
@@ -209,13 +206,6 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         with contextlib.suppress(ValueError, SyntaxError):
             options[name] = ast.literal_eval(text)
     return options
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def _bytes_on_disk(path: Path) -> int:

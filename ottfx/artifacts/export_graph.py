@@ -15,11 +15,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from ottfx.artifacts.program_cache import CacheSite
 from ottfx.attention_site import AttentionSite, Binding, Refusal
+from ottfx.bind_site import bind_site
 from ottfx.errors import MatchError
 from ottfx.passes.graph_utils import graph_outputs, node_value
 from ottfx.pipeline import RewriteResult, rewrite_graph
-from ottfx.registry import get_scheme
-from ottfx.schemes.base import ROLES, CacheShape, Role, SchemeConfig, TensorSpec
+from ottfx.schemes.base import ROLES, Role, SchemeConfig, TensorSpec
 
 Layers = Sequence[tuple[Tensor, Tensor]]
 ModelCall = Callable[[nn.Module, Tensor, Tensor, Layers], tuple[Tensor, Layers]]
@@ -173,8 +173,7 @@ class _ExportDoor:
         self._inputs = {"input_ids": ids, "attention_mask": mask}
         self._last = self._past[-1] if self._past else mask
         example = ids.meta["val"]
-        self._device, self._batch_size = example.device, example.shape[0]
-        self._fake_mode = example.fake_mode
+        self._device, self._fake_mode = example.device, example.fake_mode
         shape_env = self._fake_mode.shape_env
         source = ConstantSource("pages")
         symbol = shape_env.create_symbol(_PAGES, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
@@ -184,22 +183,9 @@ class _ExportDoor:
 
     def bind(self, site: AttentionSite) -> Binding | Refusal:
         """Give each site the scheme of its layer."""
-        config = self._config.at_layer(site.index)
-        scheme = get_scheme(config.scheme)
-        key = node_value(site.key)
-        shape = CacheShape(
-            batch_size=self._batch_size,
-            num_kv_heads=int(key.shape[1]),
-            head_dim=int(key.shape[3]),
-            pages=self._pages,
-            dtype=key.dtype,
-            device=self._device,
-        )
-        reason = scheme.check(config, shape)
-        if reason is not None:
-            return Refusal(index=site.index, name=site.name, reason=reason)
-        self._rows += 1
-        return Binding(site=site, scheme=scheme, config=config, row=self._rows - 1, shape=shape)
+        bound = bind_site(site, self._config.at_layer(site.index), row=self._rows, pages=self._pages)
+        self._rows += isinstance(bound, Binding)
+        return bound
 
     def state(self, site: AttentionSite, role: Role, name: str, spec: TensorSpec) -> Node:
         """Add an input for one state tensor."""
@@ -225,7 +211,6 @@ class _ExportDoor:
         graph = self.gm.graph
         for node in self._past:
             graph.erase_node(node)
-            self._last = self._last if self._last is not node else self._inputs["attention_mask"]
         if "past" not in self._inputs:
             self._add("past", (0, 0), torch.uint8)
         names = [*LEADING_INPUTS, *(name for name in self._inputs if name not in LEADING_INPUTS)]

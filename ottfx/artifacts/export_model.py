@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ottfx.artifacts.archive import write_archive
+from ottfx.artifacts.entries import dtype_name
 from ottfx.artifacts.export_graph import KINDS, LEADING_INPUTS, FlatProgram, Layers, ModelCall, flat_program
 from ottfx.artifacts.exported_programs import write_exported
 from ottfx.artifacts.lower_ahead import CompiledProgram, compile_ahead
@@ -26,6 +27,7 @@ from ottfx.artifacts.manifest import (
     state_entries,
 )
 from ottfx.errors import ConfigError
+from ottfx.inductor_options import can_see_through_cpu_ops
 from ottfx.registry import make_config
 from ottfx.schemes.base import SchemeConfig
 
@@ -81,8 +83,7 @@ def export(
     config = make_config(scheme, **options, **scheme_options)
     call = call or _default_call(model)
     device = _one_device(model)
-    if format == "aoti" and device.type == "cpu" and torch.__version__ < "2.12":
-        # The packing is compiled as C++ here, where its Inductor is wrong: see `ottfx.settings`, inline_cpu_ops.
+    if format == "aoti" and device.type == "cpu" and not can_see_through_cpu_ops():
         raise ConfigError(
             f"ottfx.export: an artifact for the CPU needs torch 2.12 or newer. Got torch {torch.__version__}, whose "
             "Inductor may write to the cache before it reads it. Export for CUDA, or with format='exported'."
@@ -188,7 +189,8 @@ def _weights(compiled: Mapping[str, CompiledProgram]) -> tuple[dict[str, Tensor]
         names[program] = {}
         for constant, tensor in result.constants.items():
             name = constant.removeprefix("model.")
-            if name in tensors and not torch.equal(tensors[name], tensor):
+            known = tensors.get(name)
+            if known is not None and not (known.is_set_to(tensor) or torch.equal(known, tensor)):
                 name = f"{program}.{name}"
             tensors.setdefault(name, tensor)
             names[program][constant] = name
@@ -207,7 +209,7 @@ def _manifest(
         device_type=device.type,
         compute_capability=compute_capability_here(device),
         cpu_isa=cpu_isa_here(),
-        dtype=str(decode.logits.dtype).removeprefix("torch."),
+        dtype=dtype_name(decode.logits.dtype),
         model=ModelEntry(
             class_name=type(model).__name__,
             config=config.to_dict() if hasattr(config, "to_dict") else None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ottfx.artifacts.export_graph import FlatProgram
-from ottfx.inductor_options import rewritten_graph_options
+from ottfx.inductor_options import REWRITTEN_GRAPH, workarounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ def compile_ahead(program: FlatProgram, folder: Path) -> CompiledProgram:
     from torch._inductor.package.package import package_aoti
 
     options = {
-        **rewritten_graph_options(program.example),
+        **REWRITTEN_GRAPH,
+        **workarounds(program.example),
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
     }

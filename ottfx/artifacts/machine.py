@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 
 import torch
+
+from ottfx.versions import installed_version
 
 PACKAGES = ("ottfx", "torch", "triton", "transformers")
 
@@ -15,7 +16,7 @@ NOT_FOR_COMPILERS = {"aes", "clflush", "clflushopt", "clwb", "fma4", "sha", "sha
 
 def versions_here() -> dict[str, str]:
     """Return the versions that a manifest records: packages that are installed, and python."""
-    versions = {package: _version(package) for package in PACKAGES}
+    versions = {package: installed_version(package) for package in PACKAGES}
     return {name: version for name, version in versions.items() if version} | {"python": platform.python_version()}
 
 
@@ -35,10 +36,3 @@ def compute_capability_here(device: torch.device) -> str:
         return ""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from ottfx.artifacts.entries import config_from_options, dtype_name, options_of
 from ottfx.artifacts.json_fields import read_fields
 from ottfx.artifacts.machine import compute_capability_here, cpu_isa_here
 from ottfx.artifacts.program_cache import CacheSite
 from ottfx.errors import ArtifactError, ConfigError
-from ottfx.registry import make_config
 from ottfx.schemes.base import ROLES, CacheShape, TensorSpec
 
 FORMAT_VERSION = 1
@@ -215,10 +215,10 @@ def entry_from_site(site: CacheSite) -> SiteEntry:
     return SiteEntry(
         name=site.name,
         scheme=site.config.scheme,
-        options=dataclasses.asdict(site.config),
+        options=options_of(site.config),
         num_kv_heads=site.num_kv_heads,
         head_dim=site.head_dim,
-        dtype=_dtype_name(site.dtype),
+        dtype=dtype_name(site.dtype),
         schedule={role: site.scheme.schedule(site.config, role) for role in ROLES},
     )
 
@@ -236,7 +236,7 @@ def site_from_entry(entry: SiteEntry) -> CacheSite:
         raise ArtifactError(f"{where}: dtype must be one of torch's. Got {entry.dtype!r}. {advice}")
     # TypeError and ValueError: a value of a type that a scheme's config does not expect.
     try:
-        config = make_config(entry.scheme, **entry.options)
+        config = config_from_options(entry.scheme, entry.options)
     except (ConfigError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{where}: scheme {entry.scheme!r} must be known here, with its options. "
@@ -256,7 +256,7 @@ def state_entries(sites: Sequence[CacheSite]) -> tuple[TensorEntry, ...]:
     return tuple(
         TensorEntry(
             name=f"layers.{index}.{role}.{name}",
-            dtype=_dtype_name(spec.dtype),
+            dtype=dtype_name(spec.dtype),
             shape=_symbolic_shape(spec),
             part=spec.part,
             fill=spec.fill,
@@ -285,10 +285,6 @@ def _symbolic_shape(spec: TensorSpec) -> tuple[int | str, ...]:
         factor = spec.shape[spec.paged_dim]
         shape[spec.paged_dim] = "pages" if factor == 1 else f"{factor}*pages"
     return tuple(shape)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _minor(version: str) -> str:

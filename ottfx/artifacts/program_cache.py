@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from ottfx.cache_state import CacheHalf, pages_to_allocate
+from ottfx.cache_state import CacheHalf, make_room, pages_to_allocate, queue_to
 from ottfx.errors import CacheError
 from ottfx.registry import get_scheme
 from ottfx.schemes.base import ROLES, CacheShape, Part, Scheme, SchemeConfig
@@ -129,18 +129,11 @@ class ProgramCache:
     def lengths(self) -> Tensor:
         """(tokens stored, of which keys packed, values packed): int64 [layers, 3] on the device."""
         rows = [(key.high, key.packed, value.packed) for key, value in self._layers]
-        # From pinned memory a copy is queued; from ordinary memory the host would wait for the device.
-        pinned = self.device.type == "cuda"
-        return torch.tensor(rows, dtype=torch.int64, pin_memory=pinned).to(self.device, non_blocking=True)
+        return queue_to(torch.tensor(rows, dtype=torch.int64), self.device)
 
     def make_room(self, length: int) -> None:
         """Grow every half to one capacity in which `length` tokens fit; never shrinks."""
-        pages = max(
-            pages_to_allocate(half.scheme.pages_needed(half.config, length), half.shape.pages)
-            for half in self._halves()
-        )
-        for half in self._halves():
-            half.grow(pages)
+        make_room([(half, length) for half in self._halves()])
 
     def advance(self, length: int) -> None:
         """Record that a program wrote the tokens up to `length`."""

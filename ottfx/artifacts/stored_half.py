@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ottfx.artifacts.entries import config_from_options, dtype_name, options_of
 from ottfx.artifacts.json_fields import read_fields
 from ottfx.cache_state import CacheHalf, Payload
 from ottfx.errors import ArtifactError, ConfigError
 from ottfx.kv_tensor import KVTensor
-from ottfx.registry import get_scheme, make_config
+from ottfx.registry import get_scheme
 from ottfx.schemes.base import CacheShape, Role, Scheme, SchemeConfig
 
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 }
 """Types of keys and values, by the names that stand in a file."""
@@ -90,7 +91,7 @@ class PackedHalf:
     @cached_property
     def config(self) -> SchemeConfig:
         """The scheme's config. Raises ConfigError, or what an option of an odd type leads to."""
-        return make_config(self.scheme, **{name: _hashable(option) for name, option in self.options.items()})
+        return config_from_options(self.scheme, self.options)
 
     def problem(self, role: Role) -> str | None:
         """Say what is wrong with this entry as a layer's `role`, or None."""
@@ -181,7 +182,7 @@ KINDS: dict[str, type[DenseHalf] | type[PackedHalf]] = {"dense": DenseHalf, "pac
 def store_tensor(tensor: Tensor) -> tuple[StoredHalf, dict[str, Tensor]]:
     """Return the entry of a layer's keys or values, and its tensors on the CPU by name. Changes nothing."""
     if not isinstance(tensor, KVTensor):
-        entry = DenseHalf(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
+        entry = DenseHalf(shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
         return entry, {"": _to_cpu(tensor)}
     payload = tensor.payload
     if payload is None:
@@ -201,12 +202,12 @@ def store_half(half: CacheHalf, tail: Tensor | None = None) -> tuple[PackedHalf,
     config = half.config
     entry = PackedHalf(
         scheme=config.scheme,
-        options={f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init},
+        options=options_of(config),
         role=half.role,
         batch_size=half.shape.batch_size,
         num_kv_heads=half.shape.num_kv_heads,
         head_dim=half.shape.head_dim,
-        dtype=str(half.shape.dtype).removeprefix("torch."),
+        dtype=dtype_name(half.shape.dtype),
         length=half.high,
         packed=half.packed,
         in_ring=half.in_ring,
@@ -238,7 +239,7 @@ def half_from_json(raw: Any, where: str) -> StoredHalf:
         ArtifactError: it is none; the text starts with `where`.
     """
     stored = raw.get("stored") if isinstance(raw, dict) else raw
-    if stored not in ("dense", "packed"):
+    if stored not in list(KINDS):
         raise damaged(f'{where}: "stored" must be one of {list(KINDS)}, got {stored!r}')
     return read_fields(KINDS[stored], {name: value for name, value in raw.items() if name != "stored"}, where)
 
@@ -253,11 +254,6 @@ def damaged(problem: str) -> ArtifactError:
 
 def _dtype_problem(name: str) -> str | None:
     return None if name in DTYPES else f"dtype must be one of {list(DTYPES)}, got {name!r}"
-
-
-def _hashable(option: Any) -> Any:
-    # JSON makes lists of tuples, and a config must be hashable.
-    return tuple(_hashable(item) for item in option) if isinstance(option, list) else option
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

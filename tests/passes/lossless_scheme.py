@@ -90,9 +90,6 @@ class Lossless(Scheme):
     def constants(self, config: SchemeConfig) -> tuple[Any, ...]:
         return (42,)
 
-    def packed_length(self, config: SchemeConfig, role: Role, length: int, packed: int) -> int:
-        return 0
-
     def read(self, config: SchemeConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
         return state[f"{role}_tokens"][:, :, :length]
 

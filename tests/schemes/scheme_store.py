@@ -9,9 +9,7 @@ from torch import Tensor
 
 from ottfx.cache_state import CacheHalf
 from ottfx.registry import get_scheme
-from ottfx.schemes.base import PAGE, CacheShape, Role, SchemeConfig
-
-ROLES: tuple[Role, Role] = ("key", "value")
+from ottfx.schemes.base import PAGE, ROLES, CacheShape, Role, SchemeConfig
 
 
 class Store:
