@@ -9,6 +9,8 @@ def _combine_kernel(
     partial_ptr, log_sum_ptr, output_ptr, q_len, parts,
     QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes an integer without a known bound as int64.
+    q_len, parts = tl.cast(q_len, tl.int32), tl.cast(parts, tl.int32)
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
     channel = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

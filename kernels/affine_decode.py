@@ -33,7 +33,8 @@ def _decode_kernel(
     TILE: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
     WHOLE_TILES: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    # Inductor passes a Python float as fp64.
+    # Inductor passes a Python float as fp64, and an integer without a known bound as int64.
+    q_len, pages, splits = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(splits, tl.int32)
     score_factor = tl.cast(softmax_scale, tl.float32) * LOG2_E
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -182,6 +182,8 @@ def _select_outliers_kernel(
     WINDOW: tl.constexpr, STEP: tl.constexpr, SEATS: tl.constexpr, SPILL: tl.constexpr, BLOCK_SEATS: tl.constexpr,
     NORM: tl.constexpr, HAS_VALID: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes an integer without a known bound as int64.
+    q_len, pairs = tl.cast(q_len, tl.int32), tl.cast(pairs, tl.int32)
     past = tl.load(lengths_ptr + site * 3).to(tl.int32)
     key_packed = tl.load(lengths_ptr + site * 3 + 1).to(tl.int32)
     key_end = packed_end(past + q_len, key_packed, WINDOW, STEP)

@@ -136,7 +136,8 @@ def _attend_kernel(
     POOL_ROWS: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Inductor passes a Python float as fp64.
+    # Inductor passes a Python float as fp64, and an integer without a known bound as int64.
+    q_len, pages, splits = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(splits, tl.int32)
     softmax_scale = tl.cast(softmax_scale, tl.float32)
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

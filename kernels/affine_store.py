@@ -72,6 +72,10 @@ def _store_tokens_kernel(
     WRITE_BACK: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
     RING_ROWS: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes an integer without a known bound as int64.
+    q_len, pages, pairs = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(pairs, tl.int32)
+    key_items, value_items = tl.cast(key_items, tl.int32), tl.cast(value_items, tl.int32)
+    ring_items = tl.cast(ring_items, tl.int32)
     # For each (sequence, kv head): key_items pages x chunks of channels, value_items x 16 tokens, ring_items.
     past = tl.load(lengths_ptr + site * 3).to(tl.int32)
     key_packed = tl.load(lengths_ptr + site * 3 + 1).to(tl.int32)

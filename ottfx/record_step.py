@@ -14,6 +14,7 @@ from ottfx.cache_call import StateInput
 from ottfx.passes.fix_shapes import FixedShapes, fix_shapes
 from ottfx.passes.graph_utils import node_value, static_int
 from ottfx.pipeline import RewriteResult
+from ottfx.schemes.base import PAGE
 from ottfx.settings import Settings
 from ottfx.step_graph import RECORDERS, InputKind, StepGraph, StepInput, counters
 
@@ -32,17 +33,27 @@ class RecordedStep:
 
     Args:
         shapes: how to call it.
+        capacity: tokens that its state has room for, symbolic.
         settings: of the model.
     """
 
-    def __init__(self, shapes: FixedShapes, settings: Settings) -> None:
+    def __init__(self, shapes: FixedShapes, capacity: Any, settings: Settings) -> None:
         self._shapes = shapes
+        self._capacity = capacity
         self._settings = settings
 
     def example(self, node: Node) -> Any:
-        """What the graph is lowered with for a captured input: buffers are contiguous, whatever was captured."""
+        """What the graph is lowered with for a captured input: what it will be called with, not what was captured."""
         value = node_value(node)
-        return value.new_empty(value.shape) if self._kind(node) == "copied" else value
+        if node in self._shapes.below_capacity:
+            return self._capacity - self._shapes.below_capacity[node]
+        if self._kind(node) != "copied":
+            return value
+        sizes = list(value.shape)
+        if node in self._shapes.widened:
+            sizes[self._shapes.widened[node]] = self._capacity
+        # Buffers are contiguous.
+        return value.new_empty(sizes)
 
     def wrap(
         self,
@@ -101,7 +112,7 @@ def recorded_step(
         return None
     shapes = fix_shapes(result.gm, result.bindings, inputs["lengths"])
     if isinstance(shapes, FixedShapes):
-        return RecordedStep(shapes, settings)
+        return RecordedStep(shapes, node_value(inputs["pages"]) * PAGE, settings)
     counters["refusals"] += 1
     if settings.is_news(shapes):
         log.warning("ottfx: a decode step is not recorded, it runs as without a mode: %s.", shapes)

@@ -34,7 +34,7 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", **options):
+def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", integers="i32", **options):
     try:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -48,7 +48,7 @@ def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", **options):
         elif name.endswith("_ptr"):
             signature[name] = "*" + pointers.get(name.removesuffix("_ptr"), dtype)
         else:
-            signature[name] = "fp32" if name == "softmax_scale" else "i32"
+            signature[name] = "fp32" if name == "softmax_scale" else "i32" if name.startswith("stride") else integers
         if name.endswith("_ptr") or (name.startswith("stride") and "mask" not in name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -223,3 +223,18 @@ def test_selection_compiles(dtype, head_dim, group_size, seats, spill):
 def test_combination_compiles_without_spills(tmp_path):
     constants = {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}
     assert stack_bytes(compile_kernel(_combine_kernel, constants, "bf16", 4), tmp_path) == 0
+
+
+UNKNOWN_BOUNDS = [
+    (_select_outliers_kernel, select_constants(128, 128, 3, 32)),
+    (_store_tokens_kernel, store_constants(128, (2, 2), 128, 1, True, False)),
+    (_combine_kernel, {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}),
+    pytest.param(_decode_kernel, decode_constants(128, (2, 2), 128, 4, False)[0], marks=pytest.mark.slow),
+    pytest.param(_attend_kernel, attend_constants(128, (2, 2), 128, 1, "bf16", 4, 1)[0], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kernel, constants", UNKNOWN_BOUNDS, ids=lambda x: getattr(x, "__name__", ""))
+def test_integers_may_come_as_int64(kernel, constants):
+    # So Inductor passes sizes of an exported program.
+    assert compile_kernel(kernel, constants, "bf16", 4, integers="i64").asm["cubin"]
