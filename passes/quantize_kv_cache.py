@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from ottfx.attention_site import AttentionSite, Binding
-from ottfx.passes.graph_utils import graph_outputs, node_value, shape_of, static_int
-from ottfx.passes.spellings import METADATA_CHECK, SIZE, is_guard_call, is_no_op, is_size_query
+from ottfx.passes.graph_utils import graph_outputs, node_value, same_size, shape_of, static_int
+from ottfx.passes.spellings import EXPAND, METADATA_CHECK, SIZE, is_guard_call, is_no_op, is_size_query
 from ottfx.schemes.base import ROLES, Role, TensorSpec
 
 
@@ -93,7 +93,7 @@ def _rewrite_site(binding: Binding, inputs: GraphInputs, rewrite: CacheRewrite) 
     rewrite.orphans += [past for past in (site.past_key, site.past_value) if past is not None]
 
     with graph.inserting_before(attention):
-        mask = _four_axes(site.mask)
+        mask = _four_axes(_before_expansion(site.mask))
     if site.kind == "continue":
         with graph.inserting_before(attention):
             attend = graph.call_function(
@@ -127,6 +127,17 @@ def _rewrite_site(binding: Binding, inputs: GraphInputs, rewrite: CacheRewrite) 
         for node in (full, *path, *returned) if full is not new else ():
             _answer_queries(node, role_state, past_length, new)
     return behind
+
+
+def _before_expansion(mask: Node | None) -> Node | None:
+    """The mask with axes of size 1 where the model repeats them for each sequence, head or query: the ops do that."""
+    while mask is not None and mask in EXPAND:
+        source = mask.args[0]
+        before, after = shape_of(source) or (), shape_of(mask) or ()
+        if not isinstance(source, Node) or len(before) != 4 or not same_size(before[-1], after[-1]):
+            break
+        mask = source
+    return mask
 
 
 def _four_axes(mask: Node | None) -> Node | None:

@@ -8,7 +8,7 @@ from rewritten import count, prompt_and_step, rewrite_and_compare
 from tiny_models import FAMILIES, tiny_model
 
 from ottfx.passes.cache_read import SLIDING
-from ottfx.passes.spellings import ATTENTION
+from ottfx.passes.spellings import ATTENTION, EXPAND
 from ottfx.report import Report
 
 SLIDING_LAYERS = {"mistral-sliding": [0], "gemma3": [0]}
@@ -31,6 +31,9 @@ def test_every_full_attention_layer(family, padded):
         assert all(str(binding.site.index) in binding.site.name.split(".") for binding in result.bindings)
         assert count(result.gm, LOSSLESS.append_op) == len(full)
         assert count(result.gm, LOSSLESS.attend_op) == (len(full) if kind == "continue" else 0)
+        ops = result.gm.graph.find_nodes(op="call_function", target=LOSSLESS.append_op, sort=False)
+        # Read before it is repeated for each head and query.
+        assert not any(append.args[2] in EXPAND for append in ops)
         dense = sum(node in ATTENTION for node in result.gm.graph.nodes)
         assert dense == len(sliding) + (len(full) if kind == "prompt" else 0)
         assert len(result.cache_outputs) == 2 * len(full)
