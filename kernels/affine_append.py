@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ottfx.kernels.affine_encode import _encode_key_pages_kernel, _encode_value_pages_kernel
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2
@@ -22,6 +23,10 @@ MOST_STORING = 792
 """Programs of a launch that store tokens: two rounds of what an H100 runs at once. Each takes several items in turn."""
 MOST_SELECTING = 264
 """Programs of a launch that select outliers, likewise."""
+WIDEST_KEY_CHUNK = 64
+"""Channels of a page of keys that a program of the encoder holds at once."""
+KEY_WARPS, VALUE_WARPS = 4, 4
+"""Warps of a program of the encoders; benchmarks/results/encode_kernels_h100.csv has the choice."""
 
 
 def append(
@@ -99,7 +104,15 @@ def append(
     chunk = channel_chunk(head_dim)
     traces = outlier_capacity > 0 and outlier_key is not None
     most_keys_due = -(-q_len // key_step) * key_step
-    replaced = lengths
+    # Sizes are known up to a bound when a step is compiled: one that never fills a page needs no encoder.
+    encodes = head_dim & (head_dim - 1) == 0 and not at_most(q_len, PAGE)
+    # Two more than there can be: a size that is known not to be 1 needs no guard.
+    most_pages = q_len // PAGE + 2
+    replaced = hard = score = lengths
+    if encodes:
+        hard = torch.empty((batch_size, num_kv_heads, most_pages), dtype=torch.int8, device=key.device)
+    if encodes and traces:
+        score = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.float32, device=key.device)
     if traces:
         replaced = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.int8, device=key.device)
     common: dict[str, Any] = {
@@ -108,6 +121,7 @@ def append(
         "valid_ptr": lengths if valid is None else valid.contiguous(),
         "lengths_ptr": lengths,
         "replaced_ptr": replaced,
+        "hard_ptr": hard,
         "key_residual_ptr": key_residual,
         "value_residual_ptr": value_residual,
         "residual_valid_ptr": residual_valid,
@@ -120,14 +134,22 @@ def append(
         "site": site,
         "q_len": q_len,
         "flags_per_head": most_keys_due,
+        "most_pages": most_pages,
         "pairs": batch_size * num_kv_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "CAPACITY": ring,
         "GROUP": group_size,
         "HAS_VALID": valid is not None,
+        "ENCODED": encodes,
         "CHUNK": chunk,
     }
+    if encodes:
+        _encode(
+            common, score, key_codes, key_scale, key_zero_point, value_codes, value_scale, value_zero_point,
+            bits=(key_bits, value_bits), windows=(key_window, value_window), steps=(key_step, value_step),
+            norm=score_norm, traces=traces,
+        )  # fmt: skip
     if traces:
         assert outlier_key is not None
         arguments = common | {
@@ -136,6 +158,7 @@ def append(
             "outlier_value_ptr": outlier_value,
             "value_outlier_position_ptr": value_outlier_position,
             "spill_count_ptr": spill_count,
+            "score_ptr": score,
             "WINDOW": key_window,
             "STEP": key_step,
             "SEATS": outlier_capacity,
@@ -170,8 +193,10 @@ def append(
         "BLOCK_D": next_power_of_2(head_dim),
         "RING_ROWS": RING_ROWS,
     }
-    key_items = _most_blocks(q_len, key_step, PAGE) * (head_dim // chunk)
-    value_items = _most_blocks(q_len, value_step, STRIP)
+    # Behind the encoder most pages are done, and an item is a whole one: all chunks of channels, all strips.
+    key_parts, value_parts = (head_dim // chunk, PAGE // STRIP) if encodes else (1, 1)
+    key_items = _most_blocks(q_len, key_step, PAGE) * (head_dim // chunk // key_parts)
+    value_items = _most_blocks(q_len, value_step, STRIP * value_parts)
     # With write-back every row of the ring may change, otherwise only those of the new tokens.
     ring_items = -(-(torch.sym_min(q_len, ring) if one_schedule else ring) // RING_ROWS)
     # One launch will do if no new token takes the row of one that is still to be packed.
@@ -180,10 +205,62 @@ def append(
         launches = [(key_items, value_items, ring_items)]
     else:
         launches = [(key_items, value_items, 0), (0, 0, ring_items)]
+    pack |= {"KEY_PARTS": key_parts, "VALUE_PARTS": value_parts}
     for items in launches:
         arguments = pack | dict(zip(("key_items", "value_items", "ring_items"), items, strict=True))
         grid = (torch.sym_min(batch_size * num_kv_heads * sum(items), MOST_STORING),)
         launch(_store_tokens_kernel, grid, arguments, num_warps=4, num_stages=1)
+
+
+def _encode(
+    common: dict[str, Any], score: Tensor, key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor,
+    value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, *,
+    bits: tuple[int, int], windows: tuple[int, int], steps: tuple[int, int], norm: int, traces: bool,
+) -> None:  # fmt: skip
+    shared = {
+        name: common[name]
+        for name in (
+            "valid_ptr",
+            "lengths_ptr",
+            "hard_ptr",
+            "site",
+            "q_len",
+            "most_pages",
+            "NUM_KV_HEADS",
+            "HEAD_DIM",
+            "HAS_VALID",
+        )
+    } | {"pages": key_codes.shape[2]}
+    grid = (common["pairs"] * common["most_pages"],)
+    keys = shared | {name: common[name] for name in common if name.startswith("stride_key")}
+    keys |= {
+        "key_ptr": common["key_ptr"],
+        "codes_ptr": key_codes,
+        "scale_ptr": key_scale,
+        "zero_point_ptr": key_zero_point,
+        "score_ptr": score,
+        "scores_per_head": common["flags_per_head"],
+        "BITS": bits[0],
+        "GROUP": common["GROUP"],
+        "WINDOW": windows[0],
+        "STEP": steps[0],
+        "NORM": norm if traces else 1,
+        "HAS_OUTLIERS": traces,
+        "CHUNK": min(common["HEAD_DIM"], WIDEST_KEY_CHUNK),
+    }
+    launch(_encode_key_pages_kernel, grid, keys, num_warps=KEY_WARPS, num_stages=1)
+    values = shared | {name: common[name] for name in common if name.startswith("stride_value")}
+    values |= {
+        "value_ptr": common["value_ptr"],
+        "codes_ptr": value_codes,
+        "scale_ptr": value_scale,
+        "zero_point_ptr": value_zero_point,
+        "BITS": bits[1],
+        "VALUE_GROUPS": value_scale.shape[3],
+        "WINDOW": windows[1],
+        "STEP": steps[1],
+    }
+    launch(_encode_value_pages_kernel, grid, values, num_warps=VALUE_WARPS, num_stages=1)
 
 
 def _most_blocks(q_len: Any, step: int, size: int) -> Any:

@@ -16,6 +16,7 @@ from ottfx.kernels.packing import (
     make_finite,
     pack_columns,
     pack_rows,
+    reciprocal,
 )
 from ottfx.kernels.window import load_real, load_tokens
 
@@ -96,8 +97,8 @@ def pack_key_page(
     scale, zero_point = group_constants(low, high, LEVELS)
     codes = encode(
         x,
-        tl.broadcast_to(scale.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
         tl.broadcast_to(zero_point.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
+        tl.broadcast_to(reciprocal(scale)[:, None, :], [GROUPS, GROUP, CHUNK]),
         LEVELS,
     )
 
@@ -184,14 +185,14 @@ def pack_value_strip(
             x = tl.where(replaced[:, None], mean[None, :], x)
 
     slot = pair * pages + page
-    scale_tile = tl.zeros([16, COLUMNS], tl.float32)
+    per_step_tile = tl.zeros([16, COLUMNS], tl.float32)
     zero_point_tile = tl.zeros([16, COLUMNS], tl.float32)
     for group in tl.static_range(VALUE_GROUPS):
         in_group = (in_row & (channel // (HEAD_DIM // VALUE_GROUPS) == group))[None, :]
         low = tl.where(real, tl.min(tl.where(in_group, x, FINITE_MAX), axis=1), 0.0)
         high = tl.where(real, tl.max(tl.where(in_group, x, -FINITE_MAX), axis=1), 0.0)
         scale, zero_point = group_constants(low, high, LEVELS)
-        scale_tile = tl.where(in_group, scale.to(tl.float32)[:, None], scale_tile)
+        per_step_tile = tl.where(in_group, reciprocal(scale)[:, None], per_step_tile)
         zero_point_tile = tl.where(in_group, zero_point.to(tl.float32)[:, None], zero_point_tile)
         if HAS_OUTLIERS and MARK and group == 0:
             # The sign bit, not a negation: a scale of 0 is marked too.
@@ -200,5 +201,5 @@ def pack_value_strip(
         offset = (slot * VALUE_GROUPS + group) * PAGE + row
         tl.store(scale_ptr + offset, scale, mask=due)
         tl.store(zero_point_ptr + offset, zero_point, mask=due)
-    codes = encode(x, scale_tile, zero_point_tile, LEVELS)
+    codes = encode(x, zero_point_tile, per_step_tile, LEVELS)
     _store_value_codes(codes_ptr + slot * (4 * HEAD_DIM * BITS), codes, due, strip, BITS, HEAD_DIM, BLOCK_HALF)

@@ -113,8 +113,8 @@ def make_finite(x):
 
 @triton.jit
 def group_constants(low, high, LEVELS: tl.constexpr):
-    """Scale and zero point, float16, of groups with ranges `low .. high` in float32."""
-    zero_point = low.to(tl.float16)
+    """Scale and zero point, float16, of groups with ranges `low .. high` in float32, clamped to finite ones."""
+    zero_point = tl.minimum(tl.maximum(low, -FINITE_MAX), FINITE_MAX).to(tl.float16)
     width = high - zero_point.to(tl.float32)
     scale = tl.div_rn(width, tl.full(width.shape, LEVELS, tl.float32))
     scale = tl.minimum(tl.maximum(scale, 0.0), FINITE_MAX).to(tl.float16)
@@ -122,9 +122,42 @@ def group_constants(low, high, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def encode(x, scale, zero_point, LEVELS: tl.constexpr):
-    """Codes int32 of float32 `x`; `scale` and `zero_point` are float32 tiles of its shape."""
-    ratio = tl.div_rn(x - zero_point, tl.where(scale == 0.0, 1.0, scale))
-    ratio = tl.minimum(tl.maximum(ratio, 0.0), LEVELS)
-    codes = ((ratio + ROUND_MAGIC) - ROUND_MAGIC).to(tl.int32)
-    return tl.where(scale == 0.0, 0, codes)
+def reciprocal(scale):
+    """Float32 1 / scale, 0 where the scale is 0."""
+    wide = scale.to(tl.float32)
+    return tl.where(wide == 0.0, 0.0, tl.div_rn(tl.full(wide.shape, 1.0, tl.float32), tl.where(wide == 0.0, 1.0, wide)))
+
+
+@triton.jit
+def steps_of(x, zero_point, per_step, LEVELS: tl.constexpr):
+    """How many steps above the zero point, 0 .. LEVELS and not yet rounded; three float32 tiles of one shape."""
+    return tl.minimum(tl.maximum((x - zero_point) * per_step, 0.0), LEVELS)
+
+
+@triton.jit
+def code_bits(steps):
+    """Round steps to codes; int32 whose low bits are the code, above them those of ROUND_MAGIC."""
+    return (steps + ROUND_MAGIC).to(tl.int32, bitcast=True)
+
+
+def _excess(width: int) -> int:
+    # What the high bits of ROUND_MAGIC add up to in a word of unmasked `code_bits`, as int32.
+    total = sum(0x4B400000 << (width * (i // 2) + 16 * (i % 2)) for i in range(32 // width)) % 2**32
+    return total - 2**32 if total >= 2**31 else total
+
+
+_EXCESS_2 = tl.constexpr(_excess(2))
+_EXCESS_4 = tl.constexpr(_excess(4))
+_EXCESS_8 = tl.constexpr(_excess(8))
+
+
+@triton.jit
+def code_excess(WIDTH: tl.constexpr):
+    """What a sum of shifted `code_bits`, one for each place of a word, has too much."""
+    return _EXCESS_2 if WIDTH == 2 else (_EXCESS_4 if WIDTH == 4 else _EXCESS_8)
+
+
+@triton.jit
+def encode(x, zero_point, per_step, LEVELS: tl.constexpr):
+    """Codes int32; operands as those of `steps_of`."""
+    return code_bits(steps_of(x, zero_point, per_step, LEVELS)) & LEVELS

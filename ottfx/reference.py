@@ -76,7 +76,7 @@ def quantize_affine(
     levels = 2**bits - 1
     zero_point = round_to_half(low)
     scale = round_to_half(((high - zero_point) / levels).clamp(0.0, FINITE_MAX))
-    steps = (x - zero_point) / scale.masked_fill(scale == 0, torch.inf)
+    steps = (x - zero_point) * scale.masked_fill(scale == 0, torch.inf).reciprocal()
     codes = torch.round(steps).clamp(0, levels).to(torch.uint8)
     return codes, scale.squeeze(dim).half(), zero_point.squeeze(dim).half()
 

@@ -97,6 +97,8 @@ class World:
         key[..., 3] += 8.0
         key[:, q_len // 2] *= 0.05
         valid = torch.rand(case.batch, q_len, generator=self.generator) > 0.3 if padded else None
+        if padded == "left":
+            valid = torch.arange(q_len) >= torch.tensor([[q_len // 3], [0], [q_len // 2]])[: case.batch]
         return key.transpose(1, 2).to(case.dtype), value.transpose(1, 2).to(case.dtype), valid
 
     def draw_query(self, q_len):

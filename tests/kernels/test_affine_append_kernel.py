@@ -19,9 +19,24 @@ SMALL = [
     (Case(scheme="kivi", batch=2, key_bits=3, residual_length=96, head_dim=16, dtype=torch.float16), (100, 3, 190)),
     (Case(scheme="kivi", group_size=64, residual_length=128, value_bits=8, head_dim=80), (127, 1, 1)),
 ]
+WHOLE_PAGES = [
+    (Case(pages=6), (600, 40, 100)),
+    (Case(batch=2, kv_heads=2, key_bits=3, value_bits=3, value_group_size=16, pages=6, dtype=torch.float16),
+     (300, 290)),
+    (Case(group_size=128, key_bits=4, value_bits=8, spill=32, pages=8, score_norm=2, dtype=torch.bfloat16), (40, 900)),
+    (Case(head_dim=16, group_size=64, key_bits=8, value_bits=4, replacement="group", mask_replaced=False, capacity=5,
+          pages=6), (500, 200)),
+    (Case(group_size=64, capacity=0, residual_length=0, pages=5), (384, 129)),
+    (Case(batch=2, scheme="kivi", key_bits=3, residual_length=96, value_group_size=8, pages=6), (333, 1, 300)),
+    (Case(head_dim=96, pages=4), (400,)),
+]  # fmt: skip
 LARGE = [
     (Case(batch=3, kv_heads=8, head_dim=128, group_size=128, spill=32, pages=40, dtype=dtype), (2000, 1, 1500, 95, 1))
     for dtype in (torch.float16, torch.bfloat16)
+] + [
+    (Case(batch=2, kv_heads=8, head_dim=128, group_size=128, spill=32, pages=70, dtype=torch.bfloat16), (77, 8000, 1)),
+    (Case(batch=2, kv_heads=8, head_dim=64, group_size=32, value_group_size=32, key_bits=4, value_bits=3, pages=40,
+          dtype=torch.float16), (5000,)),
 ] + [
     (
         Case(scheme="kivi", batch=2, kv_heads=3, head_dim=256, residual_length=128, value_group_size=64, pages=20,
@@ -98,8 +113,14 @@ def test_append_stores_what_the_definition_stores(case, steps, padded, kernel_de
     check_history(case, steps, padded, kernel_device)
 
 
+@pytest.mark.parametrize("padded", [False, "left"], ids=["real", "left"])
+@pytest.mark.parametrize("case, steps", WHOLE_PAGES, ids=str)
+def test_whole_pages_of_a_prompt(case, steps, padded, kernel_device):
+    check_history(case, steps, padded, kernel_device)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("padded", [False, True], ids=["real", "padded"])
+@pytest.mark.parametrize("padded", [False, True, "left"], ids=["real", "padded", "left"])
 @pytest.mark.parametrize("case, steps", LARGE, ids=str)
 def test_append_of_long_prompts(case, steps, padded, kernel_device):
     check_history(case, steps, padded, kernel_device)
@@ -147,3 +168,16 @@ def test_a_call_that_packs_nothing_changes_only_the_ring(kernel_device):
     changed = {name for name in state if not torch.equal(state[name], before[name])}
     assert changed == {"key_residual", "value_residual", "residual_valid"}
     assert torch.equal(state["key_residual"][:, :, 40].cpu(), key[:, :, 0])
+
+
+@pytest.mark.parametrize("score_norm", [1, 2])
+def test_whole_pages_with_large_numbers(score_norm, kernel_device):
+    case = Case(dtype=torch.bfloat16, pages=5, score_norm=score_norm)
+    world = World(case)
+    key, value, _ = world.draw(600)
+    key[0, 0, 140, 2], key[0, 0, 310, 4], value[0, 0, 430, 4] = float("inf"), float("nan"), -1e6
+    state = {name: tensor.to(kernel_device, copy=True) for name, tensor in world.state.items()}
+    lengths = world.lengths_tensor().to(kernel_device)
+    append(key.to(kernel_device), value.to(kernel_device), None, lengths, SITE, **state, **case.append_options())
+    world.append(key, value, None)
+    assert_states_agree({name: tensor.cpu() for name, tensor in state.items()}, world.state, case)

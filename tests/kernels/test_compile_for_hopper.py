@@ -10,9 +10,11 @@ triton = pytest.importorskip("triton")
 
 from pathlib import Path  # noqa: E402
 
+from ottfx.kernels.affine_append import KEY_WARPS, VALUE_WARPS, WIDEST_KEY_CHUNK  # noqa: E402
 from ottfx.kernels.affine_attend import tile_sizes  # noqa: E402
 from ottfx.kernels.affine_combine import _combine_kernel  # noqa: E402
 from ottfx.kernels.affine_decode import _decode_kernel  # noqa: E402
+from ottfx.kernels.affine_encode import _encode_key_pages_kernel, _encode_value_pages_kernel  # noqa: E402
 from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
 from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
 from ottfx.kernels.affine_store import _store_tokens_kernel  # noqa: E402
@@ -31,6 +33,7 @@ POINTERS = {
     "replaced": "i8", "outlier_position": "i32", "value_outlier_position": "i32", "spill_count": "i32",
     "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
     "partial": "fp32", "log_sum": "fp32",
+    "codes": "i32", "scale": "fp16", "zero_point": "fp16", "score": "fp32", "hard": "i8",
 }  # fmt: skip
 
 
@@ -41,6 +44,9 @@ def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", integers="i32
     except ImportError:
         pytest.skip("this Triton cannot compile ahead of time")
     pointers = POINTERS | {"mask": mask}
+    if constants.get("ENCODED") is False:
+        # The launcher passes the lengths where there is nothing to read.
+        pointers |= {"score": "i64", "hard": "i64"}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -110,21 +116,37 @@ def attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask
     return constants, num_warps
 
 
-def store_constants(head_dim, bits, group_size, value_groups, traces, write_back):
+def store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0], "VALUE_BITS": bits[1],
         "GROUP": group_size, "VALUE_GROUPS": value_groups, "KEY_WINDOW": 32, "KEY_STEP": group_size,
         "VALUE_WINDOW": 32, "VALUE_STEP": group_size, "HAS_VALID": True, "HAS_OUTLIERS": traces,
-        "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "CHUNK": channel_chunk(head_dim),
-        "BLOCK_HALF": next_power_of_2(head_dim // 2), "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16,
+        "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "ENCODED": encoded,
+        "KEY_PARTS": head_dim // channel_chunk(head_dim) if encoded else 1, "VALUE_PARTS": 8 if encoded else 1,
+        "CHUNK": channel_chunk(head_dim), "BLOCK_HALF": next_power_of_2(head_dim // 2),
+        "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16,
     }  # fmt: skip
 
 
-def select_constants(head_dim, group_size, seats, spill):
+def select_constants(head_dim, group_size, seats, spill, encoded=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "GROUP": group_size, "WINDOW": 32,
         "STEP": group_size, "SEATS": seats, "SPILL": spill, "BLOCK_SEATS": max(4, next_power_of_2(seats)), "NORM": 2,
-        "HAS_VALID": True, "CHUNK": channel_chunk(head_dim),
+        "HAS_VALID": True, "ENCODED": encoded, "CHUNK": channel_chunk(head_dim),
+    }  # fmt: skip
+
+
+def encode_keys_constants(head_dim, bits, group_size, traces, padded):
+    return {
+        "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "GROUP": group_size, "WINDOW": 32, "STEP": group_size,
+        "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces, "CHUNK": min(head_dim, WIDEST_KEY_CHUNK),
+    }  # fmt: skip
+
+
+def encode_values_constants(head_dim, bits, value_groups, padded):
+    return {
+        "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "VALUE_GROUPS": value_groups, "WINDOW": 32, "STEP": 128,
+        "HAS_VALID": padded,
     }  # fmt: skip
 
 
@@ -205,19 +227,38 @@ def test_append_compiles_without_spills(dtype, head_dim, bits, group_size, value
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back)
     compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
     assert stack_bytes(compiled, tmp_path) == 0
+    constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=True)
+    assert compile_kernel(_store_tokens_kernel, constants, dtype, 4).asm["cubin"]
 
 
 @pytest.mark.parametrize(
-    "dtype, head_dim, group_size, seats, spill",
+    "dtype, head_dim, group_size, seats, spill, encoded",
     [
-        ("bf16", 128, 128, 3, 32),
-        pytest.param("fp32", 80, 32, 8, 0, marks=pytest.mark.slow),
-        pytest.param("fp16", 256, 128, 32, 64, marks=pytest.mark.slow),
+        ("bf16", 128, 128, 3, 32, False),
+        ("bf16", 128, 128, 3, 32, True),
+        pytest.param("fp32", 80, 32, 8, 0, False, marks=pytest.mark.slow),
+        pytest.param("fp16", 256, 128, 32, 64, True, marks=pytest.mark.slow),
     ],
 )
-def test_selection_compiles(dtype, head_dim, group_size, seats, spill):
-    constants = select_constants(head_dim, group_size, seats, spill)
+def test_selection_compiles(dtype, head_dim, group_size, seats, spill, encoded):
+    constants = select_constants(head_dim, group_size, seats, spill, encoded)
     assert compile_kernel(_select_outliers_kernel, constants, dtype, 4).asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    "head_dim, bits, group_size, value_groups, padded",
+    [
+        (128, (2, 2), 128, 1, False),
+        pytest.param(128, (4, 4), 64, 4, True, marks=pytest.mark.slow),
+        pytest.param(256, (3, 3), 32, 1, False, marks=pytest.mark.slow),
+        pytest.param(64, (8, 3), 32, 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, tmp_path):
+    keys = encode_keys_constants(head_dim, bits[0], group_size, True, padded)
+    assert stack_bytes(compile_kernel(_encode_key_pages_kernel, keys, "bf16", KEY_WARPS), tmp_path) <= 16
+    values = encode_values_constants(head_dim, bits[1], value_groups, padded)
+    assert stack_bytes(compile_kernel(_encode_value_pages_kernel, values, "bf16", VALUE_WARPS), tmp_path) <= 16
 
 
 def test_combination_compiles_without_spills(tmp_path):
@@ -229,6 +270,8 @@ UNKNOWN_BOUNDS = [
     (_select_outliers_kernel, select_constants(128, 128, 3, 32)),
     (_store_tokens_kernel, store_constants(128, (2, 2), 128, 1, True, False)),
     (_combine_kernel, {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}),
+    (_encode_key_pages_kernel, encode_keys_constants(128, 2, 128, True, True)),
+    (_encode_value_pages_kernel, encode_values_constants(128, 2, 1, True)),
     pytest.param(_decode_kernel, decode_constants(128, (2, 2), 128, 4, False)[0], marks=pytest.mark.slow),
     pytest.param(_attend_kernel, attend_constants(128, (2, 2), 128, 1, "bf16", 4, 1)[0], marks=pytest.mark.slow),
 ]

@@ -137,8 +137,8 @@ def hopper() -> Iterator[None]:
 @pytest.mark.parametrize("options", [OTT, KIVI], ids=["ott", "kivi"])
 def test_launchers_trace_without_guards(options, q_len):
     trace = Trace(options, q_len)
-    # Two to attend. To append: the selection of outliers, and one or two stores, as the ring allows.
-    appends = {"ott": {1: 2, None: 3}, "kivi": {1: 2, None: 2}}["ott" if options is OTT else "kivi"][q_len]
+    # Two to attend. To append: two that encode whole pages, the selection of outliers, one or two stores.
+    appends = {"ott": {1: 2, None: 5}, "kivi": {1: 2, None: 4}}["ott" if options is OTT else "kivi"][q_len]
     assert len(trace.launches()) == 2 + appends
     assert trace.shapes.guards == []
 
@@ -147,4 +147,6 @@ def test_kernels_mutate_what_the_operators_declare():
     trace = Trace(OTT)
     names = [trace.mutated(node) for node in trace.launches()]
     stored = {*KEY_STATE, *VALUE_STATE}
-    assert names == [{"partial", "log_sum"}, {"output"}, {*POOL, "spill_count", "replaced"}, stored, stored]
+    encoded = {"codes", "scale", "zero_point", "hard"}
+    assert names[:4] == [{"partial", "log_sum"}, {"output"}, {*encoded, "score"}, encoded]
+    assert names[4:] == [{*POOL, "spill_count", "replaced", "hard"}, stored, stored]

@@ -91,4 +91,4 @@ def quantize(x: Tensor, bits: int, taking_part: Tensor) -> Tensor:
     scale = ((high - zero_point) / (2**bits - 1)).clamp(0, 65504).half().float()
     if scale == 0:
         return zero_point.expand_as(x)
-    return torch.round((x - zero_point) / scale).clamp(0, 2**bits - 1) * scale + zero_point
+    return torch.round((x - zero_point) * (1 / scale)).clamp(0, 2**bits - 1) * scale + zero_point
