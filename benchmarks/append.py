@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.compiled_kernels import NewKernels
 from benchmarks.packed_state import Halves, lengths, operands, random_halves
 from benchmarks.runner import Case, command_line, run_cases
-from benchmarks.timing import device_microseconds, read_microseconds
+from benchmarks.timing import device_microseconds, kernel_microseconds, read_microseconds
 from ottfx.registry import get_scheme, make_config
 from ottfx.schemes.base import SchemeConfig
 
@@ -42,6 +42,8 @@ def encode(config: SchemeConfig, size: tuple[int, int, int], head_dim: int, devi
     new = _tokens(batch_size, num_kv_heads, tokens, head_dim, device)
     compiled = NewKernels()
     microseconds = device_microseconds(_append(halves, new), device, reset=_restore(halves))
+    _restore(halves)()
+    kernels = kernel_microseconds(_append(halves, new), device)
     target = torch.empty_like(new)
     read, copy = read_microseconds(new, device), device_microseconds(lambda: target.copy_(new), device)
     return {
@@ -51,6 +53,7 @@ def encode(config: SchemeConfig, size: tuple[int, int, int], head_dim: int, devi
         "copy_us": copy,
         "times_read": microseconds / read,
         "times_copy": microseconds / copy,
+        "kernels": "; ".join(f"{name} {time:.0f}" for name, time in kernels.items()),
         "compiled": compiled.summary(),
     }
 

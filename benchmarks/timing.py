@@ -86,6 +86,23 @@ def _timed_replay(function: Callable[[], Any], reset: Callable[[], Any]) -> Call
     return timed
 
 
+def kernel_microseconds(function: Callable[[], Any], device: str) -> dict[str, float]:
+    """Return the time of each kernel of one call in microseconds, by name; nothing on the CPU.
+
+    A plain run under the profiler: kernels of one name are added up, and caches are as the call before left them.
+    """
+    if device != "cuda":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        function()
+        torch.cuda.synchronize()
+    return {event.key: event.device_time_total for event in profiled.key_averages() if event.device_time_total > 0}
+
+
 def read_microseconds(data: Tensor, device: str) -> float:
     """Return how long it takes to read a tensor once: `torch.sum` over its bytes as float32."""
     words = data.reshape(-1).view(torch.float32)
