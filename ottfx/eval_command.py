@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def eval_command(
     schemes: Annotated[str, typer.Option(help="Comma-separated schemes, each with its defaults.")] = "none,kivi,ott",
-    bits: Annotated[int, typer.Option(help="Width of a code, for the schemes that have codes.")] = 2,
+    bits: Annotated[str, typer.Option(help="Comma-separated widths of a code, for the schemes that have codes.")] = "2",
     study: Annotated[bool, typer.Option("--study", help="The study's variants, beside what it found.")] = False,
     model: Annotated[str, typer.Option(help="smollm2, or a model folder or hub name.")] = SMOLLM2,
     text: Annotated[str, typer.Option(help="A UTF-8 text file. Default: Persuasion.")] = "",
@@ -44,7 +44,7 @@ def eval_command(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     with errors_in_red():
-        variants = study_variants() if study else default_variants(schemes.split(","), bits)
+        variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","))
         results = run_evaluation(variants, model, device, dtype, text, tokens, start, out)
         typer.echo(markdown_table(results))
         if study:
@@ -53,21 +53,27 @@ def eval_command(
             typer.echo(f"wrote {file}")
 
 
-def default_variants(schemes: Sequence[str], bits: int) -> list[Variant]:
-    """Return one variant for each scheme name, with the scheme's own defaults at `bits` bits.
+def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> list[Variant]:
+    """Return a variant for each scheme name and width, with the scheme's own defaults; `none` once, it has no width.
 
     Raises:
-        ConfigError: no name is left.
+        ConfigError: no name is left, or a width is no whole number.
     """
     from ottfx.results import Variant
 
-    names = [name.strip() for name in schemes if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in schemes if name.strip()))
     if not names:
         raise ConfigError("ottfx eval: expected at least one scheme. Got none. Try --schemes none,kivi,ott.")
-    options: dict[str, dict[str, Any]] = {
-        name: {"scheme": name} if name == "none" else {"scheme": name, "bits": bits} for name in names
-    }
-    return [Variant(label=name, options=options[name]) for name in options]
+    widths = list(dict.fromkeys(width.strip() for width in bits if width.strip()))
+    if not widths or not all(width.isdecimal() for width in widths):
+        raise ConfigError(f"ottfx eval: --bits must be whole numbers, such as 2,3,4. Got {','.join(bits)!r}.")
+    variants = []
+    for name in names:
+        for width in widths[:1] if name == "none" else widths:
+            options = {"scheme": name} if name == "none" else {"scheme": name, "bits": int(width)}
+            label = name if name == "none" or len(widths) == 1 else f"{name} {width}-bit"
+            variants.append(Variant(label=label, options=options))
+    return variants
 
 
 def run_evaluation(

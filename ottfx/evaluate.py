@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ottfx
+from ottfx.cache_state import CacheHalf
 from ottfx.errors import ConfigError
 from ottfx.eval_command import register as register
 from ottfx.kv_tensor import KVTensor
@@ -187,18 +188,37 @@ def cache_bits(cache: Any) -> tuple[float, float, str]:
         (bits really held, bits by formula, description). A dense tensor counts with its own width as held and with 16
         bits in the formula.
     """
-    elements, formula, description = 0, 0.0, "dense"
+    elements, description = 0, "dense"
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            elements += tensor.numel()
+            if (half := _packed_half(tensor)) is not None:
+                description = half.config.describe()
+    return ottfx.memory_footprint(cache).total * 8 / elements, bits_at_length(cache), description
+
+
+def bits_at_length(cache: Any, length: int | None = None) -> float:
+    """Return the bits of an element by formula (`ottfx.metrics.formula_bits`), over all layers.
+
+    Args:
+        cache: a filled transformers cache. A dense layer counts with 16 bits; if it is a sliding one, it keeps the
+            tokens that it holds.
+        length: tokens that the cache is thought to hold; those that it holds if None.
+    """
+    elements, bits = 0, 0.0
     for layer in cache.layers:
         halves: tuple[tuple[Role, Tensor], ...] = (("key", layer.keys), ("value", layer.values))
         for role, tensor in halves:
-            elements += tensor.numel()
-            half = tensor.payload.half if isinstance(tensor, KVTensor) and tensor.payload is not None else None
-            bits = 16.0
-            if half is not None:
-                bits = formula_bits(half.scheme, half.config, role, half.shape, tensor.shape[2])
-                description = half.config.describe()
-            formula += bits * tensor.numel()
-    return ottfx.memory_footprint(cache).total * 8 / elements, formula / elements, description
+            tokens = tensor.shape[2] if length is None or getattr(layer, "is_sliding", False) else length
+            count = tensor.shape[0] * tensor.shape[1] * tokens * tensor.shape[3]
+            half = _packed_half(tensor)
+            elements += count
+            bits += count * (16.0 if half is None else formula_bits(half.scheme, half.config, role, half.shape, tokens))
+    return bits / elements
+
+
+def _packed_half(tensor: Tensor) -> CacheHalf | None:
+    return tensor.payload.half if isinstance(tensor, KVTensor) and tensor.payload is not None else None
 
 
 def _measure(
@@ -228,11 +248,16 @@ def _measure(
         mean_kl=metrics.mean_kl,
         kl_low=low,
         kl_high=high,
+        kl_p99=metrics.p99_kl,
+        kl_drift=metrics.kl_drift,
         top1=metrics.top1,
         perplexity=metrics.perplexity,
         perplexity_ratio=metrics.perplexity_ratio,
         bits_held=held,
         bits_formula=formula,
+        bits_2k=bits_at_length(cache, 2048),
+        bits_8k=bits_at_length(cache, 8192),
+        bits_32k=bits_at_length(cache, 32768),
         seconds=seconds,
         conditions=conditions,
         metrics=metrics,

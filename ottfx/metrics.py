@@ -37,6 +37,23 @@ class PositionMetrics:
         return self.kl.double().mean().item()
 
     @property
+    def p99_kl(self) -> float:
+        """The KL that one position in a hundred exceeds, in nat."""
+        return self.kl.double().quantile(0.99).item()
+
+    @property
+    def kl_drift(self) -> float:
+        """Mean KL of the last quarter of the positions over that of the first: about 1 where errors do not pile up.
+
+        NaN for fewer than four positions, or where the first quarter has no error.
+        """
+        quarter = len(self) // 4
+        if quarter == 0:
+            return math.nan
+        first, last = (part.double().mean().item() for part in (self.kl[:quarter], self.kl[-quarter:]))
+        return last / first if first else math.nan
+
+    @property
     def top1(self) -> float:
         """Share of positions at which both put the same token first."""
         return self.agrees.double().mean().item()

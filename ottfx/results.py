@@ -61,6 +61,10 @@ class Result:
     """Lower bound of the 95 % bootstrap interval of `mean_kl`."""
     kl_high: float
     """Upper bound of it."""
+    kl_p99: float
+    """The KL that one scored position in a hundred exceeds, in nat."""
+    kl_drift: float
+    """Mean KL of the last quarter of the scored positions over that of the first."""
     top1: float
     """Share of scored positions at which both put the same token first."""
     perplexity: float
@@ -71,6 +75,10 @@ class Result:
     """Bytes really held at the end, in bits an element of the dense cache, spare room and model dtype included."""
     bits_formula: float
     """Bits as papers count them: exact length, full precision as 16 bits. See `ottfx.metrics.formula_bits`."""
+    bits_2k: float
+    """`bits_formula` of the same model at 2,048 tokens: what is held once weighs more in a short cache."""
+    bits_8k: float
+    bits_32k: float
     seconds: float
     """Wall time of prefill and decoding, compilation included. Not a benchmark of speed."""
     conditions: Conditions
@@ -88,12 +96,14 @@ _NOT_IN_A_ROW = ("conditions", "metrics")
 def markdown_table(results: Sequence[Result]) -> str:
     """Return the results as a Markdown table, followed by their conditions."""
     lines = [
-        "| variant | bits (formula) | bits (held) | mean KL, nat | 95 % interval | top-1 | perplexity ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | bits (formula) | bits (held) | bits at 8k | mean KL, nat | 95 % interval | KL, 99 % "
+        "| last / first quarter | top-1 | perplexity ratio |",
+        "| --- " * 10 + "|",
     ]
     lines += [
-        f"| {r.label} | {r.bits_formula:.2f} | {r.bits_held:.2f} | {r.mean_kl:.4f} | {r.kl_low:.4f} to {r.kl_high:.4f} "
-        f"| {r.top1:.3f} | {r.perplexity_ratio:.3f} |"
+        f"| {r.label} | {r.bits_formula:.2f} | {r.bits_held:.2f} | {r.bits_8k:.2f} | {r.mean_kl:.4f} "
+        f"| {r.kl_low:.4f} to {r.kl_high:.4f} | {r.kl_p99:.3f} | {r.kl_drift:.2f} | {r.top1:.3f} "
+        f"| {r.perplexity_ratio:.3f} |"
         for r in results
     ]
     # Variants that ran one after the other differ in the time of day only.

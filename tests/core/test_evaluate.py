@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import ottfx
 from ottfx.errors import ConfigError
 from ottfx.eval_command import default_variants
-from ottfx.evaluate import decode_metrics, default_text, evaluate, reference_log_probs
+from ottfx.evaluate import bits_at_length, cache_bits, decode_metrics, default_text, evaluate, reference_log_probs
 from ottfx.metrics import PositionMetrics, bootstrap_interval, formula_bits, kl_divergence
 from ottfx.results import Conditions, Result, Variant, csv_table, json_text, markdown_table, write_results
 from ottfx.schemes.base import PAGE, CacheShape, Scheme, SchemeConfig, TensorSpec
@@ -61,6 +61,12 @@ def cache_shape(**sizes: int) -> CacheShape:
     return CacheShape(head_dim=64, dtype=torch.float32, device=torch.device("cpu"), **sizes)
 
 
+def dense_cache_of(tensor: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(tensor, tensor, 0)
+    return cache
+
+
 def metrics_of(kl: list[float], nll: float = 2.0, reference_nll: float = 2.0) -> PositionMetrics:
     values = torch.tensor(kl)
     return PositionMetrics(
@@ -80,6 +86,7 @@ def result_of(label: str, kl: list[float]) -> Result:
     return Result(
         label=label, description="described", mean_kl=metrics.mean_kl, kl_low=0.0, kl_high=1.0, top1=metrics.top1,
         perplexity=metrics.perplexity, perplexity_ratio=metrics.perplexity_ratio, bits_held=3.5, bits_formula=3.0,
+        kl_p99=metrics.p99_kl, kl_drift=metrics.kl_drift, bits_2k=3.1, bits_8k=2.6, bits_32k=2.4,
         seconds=1.0, conditions=conditions, metrics=metrics,
     )  # fmt: skip
 
@@ -112,6 +119,26 @@ def test_position_metrics_ignore_the_last_token_that_has_no_next():
     assert metrics.top1 == 0.5
     assert metrics.perplexity == pytest.approx(math.exp(1.5))
     assert metrics.perplexity_ratio == pytest.approx(math.exp(0.5))
+
+
+def test_tail_and_drift():
+    rising = metrics_of([0.1] * 50 + [0.2] * 149 + [9.0])
+    assert rising.p99_kl == pytest.approx(0.2) and metrics_of([0.0] * 97 + [5.0] * 3).p99_kl == pytest.approx(5.0)
+    assert metrics_of([0.1] * 50 + [0.7] * 100 + [0.3] * 50).kl_drift == pytest.approx(3.0)
+    assert math.isnan(metrics_of([0.1] * 3).kl_drift) and math.isnan(metrics_of([0.0] * 8).kl_drift)
+
+
+def test_bits_at_other_lengths():
+    model = ottfx.compile(tiny_model("llama", num_hidden_layers=1), bits=2, exempt_layers=(), lower="eager")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(random_tokens(1, 200), past_key_values=cache)
+    bits = [bits_at_length(cache, length) for length in (200, 2048, 8192, 32768)]
+    assert bits[0] == bits_at_length(cache) == pytest.approx(cache_bits(cache)[1])
+    assert bits == sorted(bits, reverse=True)
+    # Heads of 16 channels: codes, a scale and a zero point for 128 tokens or 16 channels; then window and pool.
+    assert 3.1 < bits[3] < bits[2] < bits[1] < bits[0] < 16
+    assert bits_at_length(dense_cache_of(torch.zeros(1, 1, 9, 4)), 2048) == 16.0
 
 
 def test_bootstrap_interval_holds_the_mean_and_widens_with_correlation():
@@ -358,7 +385,7 @@ def test_results_survive_json_and_csv():
 
 def test_markdown_states_the_conditions_once():
     table = markdown_table([result_of("a", [0.1, 0.2]), result_of("b", [0.3, 0.6])])
-    assert "| a | 3.00 | 3.50 | 0.1500 | 0.0000 to 1.0000 | 1.000 | 1.105 |" in table
+    assert "| a | 3.00 | 3.50 | 2.60 | 0.1500 | 0.0000 to 1.0000 | 0.199 | nan | 1.000 | 1.105 |" in table
     assert table.count("tiny, float32 on CPU") == 1 and "positions 5 to 8 are scored" in table
 
 
@@ -388,10 +415,16 @@ def test_study_labels_are_unique_and_selectable():
 
 
 def test_default_variants_of_the_command():
-    options = [v.options for v in default_variants([" none", "ott", ""], 4)]
+    options = [v.options for v in default_variants([" none", "ott", ""], ["4"])]
     assert options == [{"scheme": "none"}, {"scheme": "ott", "bits": 4}]
+    variants = default_variants(["none", "ott", "kivi"], ["2", " 3"])
+    assert [v.label for v in variants] == ["none", "ott 2-bit", "ott 3-bit", "kivi 2-bit", "kivi 3-bit"]
+    assert variants[2].options == {"scheme": "ott", "bits": 3}
     with pytest.raises(ConfigError, match="at least one scheme"):
-        default_variants([" "], 2)
+        default_variants([" "])
+    for widths in ([], ["two"], ["2", "-3"]):
+        with pytest.raises(ConfigError, match="must be whole numbers"):
+            default_variants(["ott"], widths)
 
 
 def test_command_writes_what_it_measured(dense_compile, monkeypatch, tmp_path):
