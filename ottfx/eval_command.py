@@ -31,6 +31,8 @@ def eval_command(
     text: Annotated[str, typer.Option(help="A UTF-8 text file. Default: Persuasion.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 2048,
     start: Annotated[int, typer.Option(help="First scored position.")] = 256,
+    tasks: Annotated[str, typer.Option(help="Comma-separated: lines, copy, passkey-512, passkey-1024, or all.")] = "",
+    samples: Annotated[int, typer.Option(help="Samples of each task.")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16. Default: float32 on cpu.")] = "",
     out: Annotated[str, typer.Option(help="A .json, .csv or .md file; without suffix all three.")] = "results/quality",
@@ -45,7 +47,7 @@ def eval_command(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     with errors_in_red():
         variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","))
-        results = run_evaluation(variants, model, device, dtype, text, tokens, start, out)
+        results = run_evaluation(variants, model, device, dtype, text, tokens, start, out, task_names(tasks), samples)
         typer.echo(markdown_table(results))
         if study:
             typer.echo(study_table(results))
@@ -76,8 +78,33 @@ def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> li
     return variants
 
 
+def task_names(tasks: str) -> list[str]:
+    """Return the tasks of a comma-separated list; all of them for "all".
+
+    Raises:
+        ConfigError: an unknown task.
+    """
+    from ottfx.retrieval import TASKS
+
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if names == ["all"]:
+        return list(TASKS)
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ConfigError(f"ottfx eval: --tasks must be among {[*TASKS, 'all']}. Got {unknown!r}.")
+    return names
+
+
 def run_evaluation(
-    variants: Sequence[Variant], model: str, device: str, dtype: str, text: str, tokens: int, start: int, out: str
+    variants: Sequence[Variant],
+    model: str,
+    device: str,
+    dtype: str,
+    text: str,
+    tokens: int,
+    start: int,
+    out: str,
+    tasks: Sequence[str] = (),
+    samples: int = 16,
 ) -> list[Result]:
     """Load a model and measure `variants` on it, with a progress bar for each.
 
@@ -90,24 +117,28 @@ def run_evaluation(
         tokens: tokens that are read.
         start: first scored position.
         out: where the results go, as for `write_results`; written anew after each variant.
+        tasks: names of tasks that are asked as well, see `ottfx.retrieval`.
+        samples: samples of each task.
 
     Raises:
-        ConfigError: as `load_model` and `ottfx.evaluate.evaluate`.
+        ConfigError: as `load_model`, `ottfx.retrieval.make_samples` and `ottfx.evaluate.evaluate`.
     """
     from rich import progress as bars
 
-    from ottfx.evaluate import evaluate
+    from ottfx.evaluate import default_text, evaluate
     from ottfx.results import write_results
+    from ottfx.retrieval import make_samples
 
     language_model, tokenizer = load_model(model, dtype)
     language_model = language_model.to(device)
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
     with bars.Progress(*columns, bars.TimeElapsedColumn(), bars.TimeRemainingColumn()) as progress:
-        tasks = {v.label: progress.add_task(v.label, total=tokens, start=False) for v in variants}
+        labels = [label for v in variants for label in (v.label, *(f"{v.label}, {task}" for task in tasks))]
+        rows = {label: progress.add_task(label, total=None, start=False) for label in labels}
 
         def on_step(label: str, done: int, total: int) -> None:
-            progress.start_task(tasks[label])
-            progress.update(tasks[label], completed=done, total=total)
+            progress.start_task(rows[label])
+            progress.update(rows[label], completed=done, total=total)
 
         done: list[Result] = []
 
@@ -123,6 +154,7 @@ def run_evaluation(
             text=Path(text).read_text(encoding="utf-8") if text else None,
             num_tokens=tokens,
             start=start,
+            tasks={task: make_samples(task, tokenizer, default_text(), samples) for task in tasks},
             model_name="SmolLM2-135M-Instruct" if model == SMOLLM2 else model,
             on_step=on_step,
             on_result=on_result,

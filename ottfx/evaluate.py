@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -21,11 +22,12 @@ from ottfx.eval_command import register as register
 from ottfx.kv_tensor import KVTensor
 from ottfx.metrics import PositionMetrics, bootstrap_interval, formula_bits, kl_divergence
 from ottfx.results import Conditions, Result, Variant
+from ottfx.retrieval import Sample, score_samples
 from ottfx.schemes.base import Role
 from ottfx.versions import installed_version
 
 OnStep = Callable[[str, int, int], None]
-"""Called with (label, steps done, steps in all) after each step."""
+"""Called with (label, steps done, steps in all) after each step; of a task, with "label, task" and its samples."""
 
 
 def default_text() -> str:
@@ -44,6 +46,7 @@ def evaluate(
     start: int = 256,
     prefill: int | None = None,
     model_name: str | None = None,
+    tasks: Mapping[str, Sequence[Sample]] | None = None,
     on_step: OnStep | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
@@ -64,6 +67,7 @@ def evaluate(
         num_tokens: tokens of it that are read.
         start: first scored position (position p predicts token p + 1).
         prefill: tokens of the prompt, at most `start`; `start` if None. The prompt attends in full precision.
+        tasks: name -> samples (`ottfx.retrieval.make_samples`), which each variant is asked after it has read the text.
         model_name: what the results call the model; what its config says if None.
         on_step: called after each step of a variant.
         on_result: called with each result as soon as it is there, so that a long run can be saved as it goes.
@@ -112,7 +116,7 @@ def evaluate(
     reference = reference_log_probs(model, ids, start)
     results = []
     for variant in variants:
-        results.append(_measure(model, ids, variant, reference, conditions, on_step))
+        results.append(_measure(model, ids, variant, reference, conditions, tasks or {}, on_step))
         if on_result is not None:
             on_result(results[-1])
     model.train(was_training)
@@ -227,6 +231,7 @@ def _measure(
     variant: Variant,
     reference: Tensor,
     conditions: Conditions,
+    tasks: Mapping[str, Sequence[Sample]],
     on_step: OnStep | None,
 ) -> Result:
     from transformers import DynamicCache
@@ -240,6 +245,10 @@ def _measure(
     report = None if on_step is None else lambda done, total: on_step(variant.label, done, total)
     metrics = decode_metrics(compiled, ids, cache, reference, conditions.prefill, report)
     seconds = time.perf_counter() - began
+    scores = {}
+    for name, samples in tasks.items():
+        ask = None if on_step is None else partial(on_step, f"{variant.label}, {name}")
+        scores[name] = score_samples(compiled, samples, ask)
     held, formula, description = cache_bits(cache)
     low, high = bootstrap_interval(metrics.kl)
     return Result(
@@ -258,6 +267,7 @@ def _measure(
         bits_2k=bits_at_length(cache, 2048),
         bits_8k=bits_at_length(cache, 8192),
         bits_32k=bits_at_length(cache, 32768),
+        tasks=scores,
         seconds=seconds,
         conditions=conditions,
         metrics=metrics,

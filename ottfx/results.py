@@ -13,6 +13,7 @@ from typing import Any
 
 from ottfx.errors import ConfigError
 from ottfx.metrics import PositionMetrics
+from ottfx.retrieval import Score
 
 FORMATS = (".json", ".csv", ".md")
 
@@ -79,6 +80,8 @@ class Result:
     """`bits_formula` of the same model at 2,048 tokens: what is held once weighs more in a short cache."""
     bits_8k: float
     bits_32k: float
+    tasks: Mapping[str, Score] = field(default_factory=dict)
+    """Name of a task of `ottfx.retrieval` -> samples answered exactly."""
     seconds: float
     """Wall time of prefill and decoding, compilation included. Not a benchmark of speed."""
     conditions: Conditions
@@ -86,26 +89,29 @@ class Result:
     """The numbers of each position; not written to files."""
 
     def row(self) -> dict[str, Any]:
-        """Return the numbers as one flat row, without conditions and positions."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _NOT_IN_A_ROW}
+        """Return the numbers as one flat row, without conditions and positions; scores of tasks as "right/asked"."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in _NOT_IN_A_ROW]
+        return {name: getattr(self, name) for name in names} | {name: str(score) for name, score in self.tasks.items()}
 
 
-_NOT_IN_A_ROW = ("conditions", "metrics")
+_NOT_IN_A_ROW = ("conditions", "metrics", "tasks")
 
 
 def markdown_table(results: Sequence[Result]) -> str:
     """Return the results as a Markdown table, followed by their conditions."""
-    lines = [
-        "| variant | bits (formula) | bits (held) | bits at 8k | mean KL, nat | 95 % interval | KL, 99 % "
-        "| last / first quarter | top-1 | perplexity ratio |",
-        "| --- " * 10 + "|",
-    ]
-    lines += [
-        f"| {r.label} | {r.bits_formula:.2f} | {r.bits_held:.2f} | {r.bits_8k:.2f} | {r.mean_kl:.4f} "
-        f"| {r.kl_low:.4f} to {r.kl_high:.4f} | {r.kl_p99:.3f} | {r.kl_drift:.2f} | {r.top1:.3f} "
-        f"| {r.perplexity_ratio:.3f} |"
-        for r in results
-    ]
+    tasks = list(dict.fromkeys(name for r in results for name in r.tasks))
+    columns = [
+        "variant", "bits (formula)", "bits (held)", "bits at 8k", "mean KL, nat", "95 % interval", "KL, 99 %",
+        "last / first quarter", "top-1", "perplexity ratio", *tasks,
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for r in results:
+        cells = [
+            r.label, f"{r.bits_formula:.2f}", f"{r.bits_held:.2f}", f"{r.bits_8k:.2f}", f"{r.mean_kl:.4f}",
+            f"{r.kl_low:.4f} to {r.kl_high:.4f}", f"{r.kl_p99:.3f}", f"{r.kl_drift:.2f}", f"{r.top1:.3f}",
+            f"{r.perplexity_ratio:.3f}", *(str(r.tasks.get(name, "")) for name in tasks),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     # Variants that ran one after the other differ in the time of day only.
     for c in dict.fromkeys(dataclasses.replace(r.conditions, date=r.conditions.date[:10]) for r in results):
         lines += [
