@@ -15,10 +15,11 @@ from ottfx.errors import ConfigError
 WORDS = (
     "river", "stone", "garden", "letter", "winter", "silver", "market", "bridge", "candle", "forest", "window",
     "basket", "island", "mirror", "orange", "pencil", "ribbon", "saddle", "tunnel", "violin", "wagon", "yellow",
+    "apple", "doctor",
 )  # fmt: skip
-LINES = 24
-"""Lines of which one is asked for."""
-SHOTS, COPIED_WORDS = 4, 6
+LINES, SOLVED_LINES = 24, 2
+"""Lines of a context, each the code of a word; and those that the question repeats before it asks for another."""
+SHOTS, COPIED_WORDS = 6, 6
 """Examples of a copy, and words of each."""
 PASSKEY_LENGTHS = (512, 1024)
 """Tokens of a passkey's context."""
@@ -123,21 +124,17 @@ def _digits(generator: random.Random) -> str:
 
 
 def _line_sample(generator: random.Random, tokenizer: Any, filler: str) -> Sample:
-    codes = [_digits(generator) for _ in range(LINES)]
-    lines = "\n".join(f"Line {number}: the code is {code}." for number, code in enumerate(codes, start=1))
-    asked = generator.randrange(LINES)
-    return _sample(
-        tokenizer,
-        f"{lines}\n",
-        f"\nWhich code is in line {asked + 1}?\nLine {asked + 1}: the code is",
-        f" {codes[asked]}",
-    )
+    # Models of 135 million parameters find a word and not a line number, and need to be shown how to answer.
+    lines = [f"The code of {word} is {_digits(generator)}." for word in generator.sample(WORDS, LINES)]
+    *solved, asked = generator.sample(lines, SOLVED_LINES + 1)
+    question, answer = asked.removesuffix(".").rsplit(" ", 1)
+    return _sample(tokenizer, "\n".join(lines) + "\n", "\n" + "\n".join([*solved, question]), f" {answer}")
 
 
 def _copy_sample(generator: random.Random, tokenizer: Any, filler: str) -> Sample:
     rows = [" ".join(generator.sample(WORDS, COPIED_WORDS)) for _ in range(SHOTS + 1)]
-    shots = "".join(f"Words: {row}\nAgain: {row}\n\n" for row in rows[:-1])
-    return _sample(tokenizer, f"{shots}Words: {rows[-1]}", "\nAgain:", f" {rows[-1]}")
+    shots = "".join(f"Input: {row}\nOutput: {row}\n\n" for row in rows[:-1])
+    return _sample(tokenizer, f"{shots}Input: {rows[-1]}", "\nOutput:", f" {rows[-1]}")
 
 
 def _passkey_sample(length: int) -> Callable[[random.Random, Any, str], Sample]:

@@ -12,7 +12,7 @@ from ottfx.errors import ConfigError
 from ottfx.eval_command import task_names
 from ottfx.evaluate import default_text, evaluate
 from ottfx.results import Variant, csv_table, markdown_table
-from ottfx.retrieval import LINES, TASKS, Sample, Score, make_samples, score_samples
+from ottfx.retrieval import LINES, SOLVED_LINES, TASKS, Sample, Score, make_samples, score_samples
 
 TOKENIZER = byte_tokenizer()
 FILLER = default_text()[:2000]
@@ -38,9 +38,9 @@ def test_samples_are_repeatable_and_can_be_answered(task):
 def test_line_samples_ask_for_the_line_that_holds_the_answer():
     for sample in make_samples("lines", TOKENIZER, FILLER, 5):
         context, question = text_of(sample.context), text_of(sample.question)
-        number = question.split("line ")[1].split("?")[0]
-        assert f"Line {number}: the code is{text_of(sample.answer)}.\n" in context
-        assert context.count("Line ") == LINES
+        asked = question.splitlines()[-1]
+        assert f"{asked}{text_of(sample.answer)}.\n" in context
+        assert context.count("The code of") == LINES and question.count("The code of") == SOLVED_LINES + 1
 
 
 @pytest.mark.parametrize("length", [512, 1024])
