@@ -19,7 +19,7 @@ WORDS = (
 )  # fmt: skip
 LINES, SOLVED_LINES = 24, 2
 """Lines of a context, each the code of a word; and those that the question repeats before it asks for another."""
-SHOTS, COPIED_WORDS = 6, 6
+SHOTS, COPIED_WORDS = 6, 4
 """Examples of a copy, and words of each."""
 PASSKEY_LENGTHS = (512, 1024)
 """Tokens of a passkey's context."""
