@@ -41,9 +41,9 @@ def encode(config: SchemeConfig, size: tuple[int, int, int], head_dim: int, devi
     halves = _halves(config, batch_size, num_kv_heads, 0, head_dim, device, room=tokens)
     new = _tokens(batch_size, num_kv_heads, tokens, head_dim, device)
     compiled = NewKernels()
-    microseconds = device_microseconds(_append(halves, new), device, reset=_restore(halves))
-    _restore(halves)()
-    kernels = kernel_microseconds(_append(halves, new), device)
+    call, restore = _append(halves, new), _restore(halves)
+    microseconds = device_microseconds(call, device, reset=restore)
+    kernels = kernel_microseconds(call, device, reset=restore)
     target = torch.empty_like(new)
     read, copy = read_microseconds(new, device), device_microseconds(lambda: target.copy_(new), device)
     return {

@@ -86,16 +86,22 @@ def _timed_replay(function: Callable[[], Any], reset: Callable[[], Any]) -> Call
     return timed
 
 
-def kernel_microseconds(function: Callable[[], Any], device: str) -> dict[str, float]:
+def kernel_microseconds(
+    function: Callable[[], Any], device: str, *, reset: Callable[[], Any] | None = None
+) -> dict[str, float]:
     """Return the time of each kernel of one call in microseconds, by name; nothing on the CPU.
 
     A plain run under the profiler: kernels of one name are added up, and caches are as the call before left them.
+    `reset` puts back what a call changes, outside of the profile.
     """
     if device != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile
 
+    reset = reset or _nothing
+    reset()
     function()
+    reset()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         function()

@@ -26,7 +26,7 @@ MOST_SELECTING = 264
 WIDEST_KEY_CHUNK = 64
 """Channels of a page of keys that a program of the encoder holds at once."""
 KEY_WARPS, VALUE_WARPS = 4, 4
-"""Warps of a program of the encoders; benchmarks/results/encode_kernels_h100.csv has the choice."""
+"""Warps of a program of the encoders; benchmarks/results/encode_kernels_h100.csv has what was tried."""
 
 
 def append(
@@ -170,6 +170,8 @@ def append(
         launch(_select_outliers_kernel, grid, arguments, num_warps=4, num_stages=1)
 
     one_schedule = (key_window, key_step) == (value_window, value_step)
+    # Behind the encoder most pages are done, and an item is a whole one: all chunks of channels, all strips.
+    key_parts, value_parts = (head_dim // chunk, PAGE // STRIP) if encodes else (1, 1)
     pack = common | {
         "key_codes_ptr": key_codes,
         "key_scale_ptr": key_scale,
@@ -189,12 +191,12 @@ def append(
         "MEAN_OF_REST": replacement == "rest",
         "MARK": mask_replaced,
         "WRITE_BACK": not one_schedule,
+        "KEY_PARTS": key_parts,
+        "VALUE_PARTS": value_parts,
         "BLOCK_HALF": next_power_of_2(head_dim // 2),
         "BLOCK_D": next_power_of_2(head_dim),
         "RING_ROWS": RING_ROWS,
     }
-    # Behind the encoder most pages are done, and an item is a whole one: all chunks of channels, all strips.
-    key_parts, value_parts = (head_dim // chunk, PAGE // STRIP) if encodes else (1, 1)
     key_items = _most_blocks(q_len, key_step, PAGE) * (head_dim // chunk // key_parts)
     value_items = _most_blocks(q_len, value_step, STRIP * value_parts)
     # With write-back every row of the ring may change, otherwise only those of the new tokens.
@@ -205,7 +207,6 @@ def append(
         launches = [(key_items, value_items, ring_items)]
     else:
         launches = [(key_items, value_items, 0), (0, 0, ring_items)]
-    pack |= {"KEY_PARTS": key_parts, "VALUE_PARTS": value_parts}
     for items in launches:
         arguments = pack | dict(zip(("key_items", "value_items", "ring_items"), items, strict=True))
         grid = (torch.sym_min(batch_size * num_kv_heads * sum(items), MOST_STORING),)

@@ -16,6 +16,7 @@ from ottfx.kernels.packing import (
     code_excess,
     group_constants,
     make_finite,
+    pack_columns,
     reciprocal,
     steps_of,
 )
@@ -93,8 +94,7 @@ def _encode_key_pages_kernel(
                     plane_row = tl.arange(0, PAGE // 2)[:, None]
                     tl.store(page_ptr + HEAD_DIM * 8 + strip16 * (PAGE // 2) + plane_row, plane)
                     bits = bits & 3
-                position = bit_position(tl.arange(0, PER_WORD), WIDTH)[None, None, :]
-                words = tl.sum(tl.reshape(bits, [PAGE, CHUNK // PER_WORD, PER_WORD]) << position, axis=2)
+                words = pack_columns(bits, WIDTH, PER_WORD, PAGE, CHUNK)
                 if BITS != 3:
                     words -= code_excess(WIDTH)
                 strip = start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)

@@ -177,7 +177,7 @@ def _select_in_head(
                     changed += tl.sum(taken, axis=0)
                     flag = winner.to(tl.int8)
                     if ENCODED:
-                        # The page was encoded with these tokens, or will be with the others.
+                        # The encoder packed the page with these tokens in its ranges.
                         is_hard = (tl.sum(taken, axis=0) > 0) & (start >= scored_start) & (start < scored_end)
                         tl.store(hard_ptr + (start - scored_start) // PAGE, is_hard.to(tl.int8), mask=is_hard)
             tl.store(replaced_ptr + (token - key_packed), flag)
