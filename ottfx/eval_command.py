@@ -36,8 +36,14 @@ def eval_command(
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16. Default: float32 on cpu.")] = "",
     out: Annotated[str, typer.Option(help="A .json, .csv or .md file; without suffix all three.")] = "results/quality",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace the results in that file, do not continue.")] = False,
 ) -> None:
-    """Compare quantized caches with full precision: mean KL, top-1 agreement, perplexity, effective bits."""
+    """Compare quantized caches with full precision: mean KL, top-1 agreement, perplexity, effective bits.
+
+    Continues the results in the file (.json, or without suffix): what is there and was measured under the same
+    conditions stays, what is missing is measured and added. Other conditions are refused, unless `--fresh` replaces
+    the file.
+    """
     import torch
 
     from ottfx.results import markdown_table, write_results
@@ -47,7 +53,9 @@ def eval_command(
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     with errors_in_red():
         variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","))
-        results = run_evaluation(variants, model, device, dtype, text, tokens, start, out, task_names(tasks), samples)
+        results = run_evaluation(
+            variants, model, device, dtype, text, tokens, start, out, task_names(tasks), samples, fresh=fresh
+        )
         typer.echo(markdown_table(results))
         if study:
             typer.echo(study_table(results))
@@ -73,7 +81,7 @@ def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> li
     for name in names:
         for width in widths[:1] if name == "none" else widths:
             options = {"scheme": name} if name == "none" else {"scheme": name, "bits": int(width)}
-            label = name if name == "none" or len(widths) == 1 else f"{name} {width}-bit"
+            label = name if name == "none" else f"{name} {width}-bit"
             variants.append(Variant(label=label, options=options))
     return variants
 
@@ -105,6 +113,8 @@ def run_evaluation(
     out: str,
     tasks: Sequence[str] = (),
     samples: int = 16,
+    *,
+    fresh: bool = True,
 ) -> list[Result]:
     """Load a model and measure `variants` on it, with a progress bar for each.
 
@@ -119,35 +129,45 @@ def run_evaluation(
         out: where the results go, as for `write_results`; written anew after each variant.
         tasks: names of tasks that are asked as well, see `ottfx.retrieval`.
         samples: samples of each task.
+        fresh: replace what `out` holds. Otherwise it is continued, if it is or has a JSON file.
+
+    Returns:
+        The results that `out` then holds: those kept, and those measured now.
 
     Raises:
-        ConfigError: as `load_model`, `ottfx.retrieval.make_samples` and `ottfx.evaluate.evaluate`.
+        ArtifactError: `out` holds something else.
+        ConfigError: `out` holds results of other conditions; or as `load_model`, `ottfx.retrieval.make_samples` and
+            `ottfx.evaluate.evaluate`.
     """
     from rich import progress as bars
 
+    from ottfx.earlier_results import read_results
     from ottfx.evaluate import default_text, evaluate
     from ottfx.results import write_results
     from ottfx.retrieval import make_samples
 
+    continued = not fresh and Path(out).suffix in ("", ".json")
+    record = {result.label: result for result in (read_results(out) if continued else [])}
     language_model, tokenizer = load_model(model, dtype)
     language_model = language_model.to(device)
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
     with bars.Progress(*columns, bars.TimeElapsedColumn(), bars.TimeRemainingColumn()) as progress:
-        labels = [label for v in variants for label in (v.label, *(f"{v.label}, {task}" for task in tasks))]
-        rows = {label: progress.add_task(label, total=None, start=False) for label in labels}
+        rows: dict[str, bars.TaskID] = {}
 
         def on_step(label: str, done: int, total: int) -> None:
-            progress.start_task(rows[label])
+            if label not in rows:
+                rows[label] = progress.add_task(label)
             progress.update(rows[label], completed=done, total=total)
 
-        done: list[Result] = []
+        measured = []
 
         def on_result(result: Result) -> None:
-            done.append(result)
-            write_results(done, out)
+            measured.append(result.label)
+            record[result.label] = result
+            write_results(list(record.values()), out)
             progress.console.print(f"{result.label}: mean KL {result.mean_kl:.4f} nat, {result.seconds:.0f} s")
 
-        return evaluate(
+        evaluate(
             language_model,
             tokenizer,
             variants,
@@ -156,9 +176,13 @@ def run_evaluation(
             start=start,
             tasks={task: make_samples(task, tokenizer, default_text(), samples) for task in tasks},
             model_name="SmolLM2-135M-Instruct" if model == SMOLLM2 else model,
+            earlier=list(record.values()),
             on_step=on_step,
             on_result=on_result,
         )
+    if kept := [label for label in record if label not in measured]:
+        typer.echo(f"kept from {out}: {', '.join(kept)}")
+    return list(record.values())
 
 
 def load_model(model: str, dtype: str) -> tuple[Any, Any]:

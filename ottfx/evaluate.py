@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor
 
 import ottfx
-from ottfx.cache_state import CacheHalf
+from ottfx.earlier_results import check_same_conditions, find_finished
+from ottfx.effective_bits import bits_at_length, cache_bits, quantized_layers
 from ottfx.errors import ConfigError
 from ottfx.eval_command import register as register
-from ottfx.kv_tensor import KVTensor
-from ottfx.metrics import PositionMetrics, bootstrap_interval, formula_bits, kl_divergence
-from ottfx.results import Conditions, Result, Variant
+from ottfx.metrics import bootstrap_interval
+from ottfx.results import Conditions, Result, Variant, options_in_json
 from ottfx.retrieval import Sample, score_samples
-from ottfx.schemes.base import Role
+from ottfx.source_hash import source_hash
+from ottfx.teacher_forcing import decode_metrics, reference_log_probs
 from ottfx.versions import installed_version
 
 OnStep = Callable[[str, int, int], None]
@@ -47,6 +47,7 @@ def evaluate(
     prefill: int | None = None,
     model_name: str | None = None,
     tasks: Mapping[str, Sequence[Sample]] | None = None,
+    earlier: Sequence[Result] = (),
     on_step: OnStep | None = None,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
@@ -69,20 +70,28 @@ def evaluate(
         prefill: tokens of the prompt, at most `start`; `start` if None. The prompt attends in full precision.
         tasks: name -> samples (`ottfx.retrieval.make_samples`), which each variant is asked after it has read the text.
         model_name: what the results call the model; what its config says if None.
+        earlier: results of a run that was broken off (`ottfx.earlier_results.read_results`). Variants that are whole
+            there are not measured again.
         on_step: called after each step of a variant.
-        on_result: called with each result as soon as it is there, so that a long run can be saved as it goes.
+        on_result: called with each result as soon as it is measured, so that a long run can be saved as it goes.
 
     Returns:
         One result for each variant.
 
     Raises:
-        ConfigError: the text, or the model's context, is too short; `start` or `prefill` is out of range.
+        ConfigError: the text, or the model's context, is too short; `start` or `prefill` is out of range; `earlier`
+            was measured under other conditions.
     """
     prefill = start if prefill is None else prefill
     if not 1 <= prefill <= start < num_tokens:
         raise ConfigError(
             "ottfx.evaluate: expected 1 <= prefill <= start < num_tokens. "
             f"Got prefill={prefill!r}, start={start!r}, num_tokens={num_tokens!r}."
+        )
+    variants = list(variants)
+    if len({variant.label for variant in variants}) < len(variants):
+        raise ConfigError(
+            f"ottfx.evaluate: labels of variants must differ. Got {[variant.label for variant in variants]!r}."
         )
     given = isinstance(tokenizer_or_ids, (Tensor, Sequence))
     text = "" if given else (default_text() if text is None else text)
@@ -108,121 +117,26 @@ def evaluate(
             f"{name} {installed_version(name) or 'not installed'}"
             for name in ("torch", "transformers", "triton", "ottfx")
         ),
+        sources=source_hash(),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+    check_same_conditions(earlier, conditions)
     ids = ids.to(device)
     was_training = model.training
     model.eval()
-    reference = reference_log_probs(model, ids, start)
-    results = []
+    reference: Tensor | None = None
+    results: list[Result] = []
     for variant in variants:
-        results.append(_measure(model, ids, variant, reference, conditions, tasks or {}, on_step))
-        if on_result is not None:
-            on_result(results[-1])
+        result = find_finished(earlier, variant, tasks or {})
+        if result is None:
+            if reference is None:
+                reference = reference_log_probs(model, ids, start)
+            result = _measure(model, ids, variant, reference, conditions, tasks or {}, on_step)
+            if on_result is not None:
+                on_result(result)
+        results.append(result)
     model.train(was_training)
     return results
-
-
-@torch.no_grad()
-def reference_log_probs(model: torch.nn.Module, ids: Tensor, start: int) -> Tensor:
-    """Return the model's own log-probabilities, from one uncompiled forward pass without a cache.
-
-    Args:
-        model: a transformers causal language model, compiled or not.
-        ids: int64 [1, tokens].
-        start: first position wanted.
-
-    Returns:
-        float32 [tokens - start, vocabulary].
-    """
-    wanted = ids.shape[1] - start
-    keep = {"logits_to_keep": wanted} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
-    with torch.compiler.set_stance("force_eager"):
-        logits = model(ids, use_cache=False, **keep).logits[0, -wanted:]
-    return logits.float().log_softmax(-1)
-
-
-def decode_metrics(
-    model: torch.nn.Module,
-    ids: Tensor,
-    cache: Any,
-    reference: Tensor,
-    prefill: int,
-    on_step: Callable[[int, int], None] | None = None,
-) -> PositionMetrics:
-    """Decode `ids` token by token through `cache`, and compare each scored position with the reference.
-
-    Args:
-        model: a transformers causal language model, compiled or not.
-        ids: int64 [1, tokens].
-        cache: an empty transformers cache; holds all tokens afterwards.
-        reference: float32 [positions, vocabulary]: log-probabilities at the last `positions` of `ids`.
-        prefill: tokens that are read at once as a prompt; none of them is scored.
-        on_step: called with (tokens done, tokens in all).
-
-    Returns:
-        Metrics of the last `positions` positions.
-    """
-    tokens = ids.shape[1]
-    start = tokens - reference.shape[0]
-    kl = torch.zeros(tokens - start, device=ids.device)
-    agrees = torch.zeros_like(kl, dtype=torch.bool)
-    nll = torch.full_like(kl, torch.nan)
-    model(ids[:, :prefill], past_key_values=cache, use_cache=True)
-    for position in range(prefill, tokens):
-        logits = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits[0, -1]
-        if position >= start:
-            row = position - start
-            log_probs = logits.float().log_softmax(-1)
-            kl[row] = kl_divergence(reference[row], log_probs)
-            agrees[row] = reference[row].argmax() == log_probs.argmax()
-            if position + 1 < tokens:
-                nll[row] = -log_probs[ids[0, position + 1]]
-        if on_step is not None:
-            on_step(position + 1, tokens)
-    reference_nll = torch.full_like(nll, torch.nan)
-    reference_nll[:-1] = -reference[:-1].gather(-1, ids[0, start + 1 :, None])[:, 0]
-    return PositionMetrics(kl=kl.cpu(), agrees=agrees.cpu(), nll=nll.cpu(), reference_nll=reference_nll.cpu())
-
-
-def cache_bits(cache: Any) -> tuple[float, float, str]:
-    """Return the effective bits of an element of a filled transformers cache, and how its last layer is stored.
-
-    Returns:
-        (bits really held, bits by formula, description). A dense tensor counts with its own width as held and with 16
-        bits in the formula.
-    """
-    elements, description = 0, "dense"
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            elements += tensor.numel()
-            if (half := _packed_half(tensor)) is not None:
-                description = half.config.describe()
-    return ottfx.memory_footprint(cache).total * 8 / elements, bits_at_length(cache), description
-
-
-def bits_at_length(cache: Any, length: int | None = None) -> float:
-    """Return the bits of an element by formula (`ottfx.metrics.formula_bits`), over all layers.
-
-    Args:
-        cache: a filled transformers cache. A dense layer counts with 16 bits; if it is a sliding one, it keeps the
-            tokens that it holds.
-        length: tokens that the cache is thought to hold; those that it holds if None.
-    """
-    elements, bits = 0, 0.0
-    for layer in cache.layers:
-        halves: tuple[tuple[Role, Tensor], ...] = (("key", layer.keys), ("value", layer.values))
-        for role, tensor in halves:
-            tokens = tensor.shape[2] if length is None or getattr(layer, "is_sliding", False) else length
-            count = tensor.shape[0] * tensor.shape[1] * tokens * tensor.shape[3]
-            half = _packed_half(tensor)
-            elements += count
-            bits += count * (16.0 if half is None else formula_bits(half.scheme, half.config, role, half.shape, tokens))
-    return bits / elements
-
-
-def _packed_half(tensor: Tensor) -> CacheHalf | None:
-    return tensor.payload.half if isinstance(tensor, KVTensor) and tensor.payload is not None else None
 
 
 def _measure(
@@ -253,6 +167,7 @@ def _measure(
     low, high = bootstrap_interval(metrics.kl)
     return Result(
         label=variant.label,
+        options=options_in_json(variant.options),
         description=description,
         mean_kl=metrics.mean_kl,
         kl_low=low,
@@ -267,6 +182,8 @@ def _measure(
         bits_2k=bits_at_length(cache, 2048),
         bits_8k=bits_at_length(cache, 8192),
         bits_32k=bits_at_length(cache, 32768),
+        quantized_layers=quantized_layers(cache),
+        layers=len(cache.layers),
         tasks=scores,
         seconds=seconds,
         conditions=conditions,

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ottfx.artifacts.atomic_file import atomic_file
 from ottfx.errors import ConfigError
 from ottfx.metrics import PositionMetrics
+from ottfx.result_arrays import write_arrays
 from ottfx.retrieval import Score
 
 FORMATS = (".json", ".csv", ".md")
@@ -46,6 +48,8 @@ class Conditions:
     attention: str
     """The attention implementation of the model's config."""
     versions: str
+    sources: str
+    """Hash of ottfx's own files, see `ottfx.source_hash`: an edited scheme is another scheme."""
     date: str
 
 
@@ -54,6 +58,8 @@ class Result:
     """Quality of one variant, with the conditions under which it was measured."""
 
     label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `ottfx.compile`, as they look in JSON."""
     description: str
     """The scheme's options in words, as stored at the last layer."""
     mean_kl: float
@@ -80,13 +86,16 @@ class Result:
     """`bits_formula` of the same model at 2,048 tokens: what is held once weighs more in a short cache."""
     bits_8k: float
     bits_32k: float
+    quantized_layers: int
+    """Layers that the scheme stores; the others are dense, and count so in all bits."""
+    layers: int
     tasks: Mapping[str, Score] = field(default_factory=dict)
     """Name of a task of `ottfx.retrieval` -> samples answered exactly."""
     seconds: float
     """Wall time of prefill and decoding, compilation included. Not a benchmark of speed."""
     conditions: Conditions
     metrics: PositionMetrics = field(repr=False, compare=False)
-    """The numbers of each position; not written to files."""
+    """The numbers of each position; in the files, `ottfx.result_arrays` keeps them."""
 
     def row(self) -> dict[str, Any]:
         """Return the numbers as one flat row, without conditions and positions; scores of tasks as "right/asked"."""
@@ -94,7 +103,13 @@ class Result:
         return {name: getattr(self, name) for name in names} | {name: str(score) for name, score in self.tasks.items()}
 
 
-_NOT_IN_A_ROW = ("conditions", "metrics", "tasks")
+_NOT_IN_A_ROW = ("conditions", "metrics", "options", "tasks")
+
+
+def options_in_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a variant as they come back from JSON, so that they can be compared with earlier ones."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(options), default=repr))
+    return plain
 
 
 def markdown_table(results: Sequence[Result]) -> str:
@@ -119,8 +134,15 @@ def markdown_table(results: Sequence[Result]) -> str:
             f"{c.model}, {c.dtype} on {c.device}, {c.attention} attention; {c.tokens} tokens, "
             f"of which {c.prefill} were read as a prompt and the others decoded one by one; "
             f"positions {c.start} to {c.tokens - 1} are scored. Text SHA-256 `{c.text_sha256[:16]}`, "
-            f"tokens SHA-256 `{c.tokens_sha256[:16]}`. {c.versions}. {c.date}.",
+            f"tokens SHA-256 `{c.tokens_sha256[:16]}`. {c.versions}, sources `{c.sources}`. {c.date}.",
         ]
+    for stored, layers in dict.fromkeys((r.quantized_layers, r.layers) for r in results):
+        if stored < layers:
+            lines += [
+                "",
+                f"{stored} of {layers} layers are stored by the schemes. The others stay dense and count with 16 bits; "
+                "a sliding one counts the tokens of its window.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -128,25 +150,30 @@ def csv_table(results: Sequence[Result]) -> str:
     """Return the results as CSV, the conditions repeated in each row."""
     rows = [{**r.row(), **dataclasses.asdict(r.conditions)} for r in results]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    # Results of several runs need not have been asked the same tasks.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(buffer, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
 
 
 def json_text(results: Sequence[Result]) -> str:
-    """Return the results as JSON: a list of objects, each with its `conditions`."""
-    rows = [{**r.row(), "conditions": dataclasses.asdict(r.conditions)} for r in results]
-    return json.dumps(rows, indent=2) + "\n"
+    """Return the results as JSON: a list of objects, each with its `options` and `conditions`; NaN becomes null."""
+    rows = []
+    for r in results:
+        numbers = {name: None if value != value else value for name, value in r.row().items()}
+        rows.append({**numbers, "options": r.options, "conditions": dataclasses.asdict(r.conditions)})
+    return json.dumps(rows, indent=2, allow_nan=False) + "\n"
 
 
 def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
-    """Write the results to one file, or to three.
+    """Write the results to one file, or to three. Each takes its name only when it is complete.
 
     Args:
         results: what `evaluate` returned.
         path: a file that ends in .json, .csv or .md, or a path without a suffix, which then gets all three.
-            Folders are made.
+            Beside JSON stands an .npz file with the numbers of each position. Folders are made.
 
     Returns:
         The files written.
@@ -164,6 +191,9 @@ def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
     written = []
     for suffix in [path.suffix] if path.suffix else FORMATS:
         file = path.with_name(path.stem + suffix)
-        file.write_text(writers[suffix](results), encoding="utf-8")
+        if suffix == ".json":
+            written.append(write_arrays(results, file.with_suffix(".npz")))
+        with atomic_file(file) as unfinished:
+            unfinished.write_text(writers[suffix](results), encoding="utf-8")
         written.append(file)
     return written

@@ -1,10 +1,5 @@
-"""Quality measurement: the numbers, the decoding loop, the files and the command."""
+"""Quality measurement: decoding a text through the real cache, against simulations and against what is refused."""
 
-import csv
-import dataclasses
-import io
-import json
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,168 +7,12 @@ import torch
 from tiny_models import VOCAB_SIZE, random_tokens, tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from typer.testing import CliRunner
 
 import ottfx
 from ottfx.errors import ConfigError
-from ottfx.eval_command import default_variants
-from ottfx.evaluate import bits_at_length, cache_bits, decode_metrics, default_text, evaluate, reference_log_probs
-from ottfx.metrics import PositionMetrics, bootstrap_interval, formula_bits, kl_divergence
-from ottfx.results import Conditions, Result, Variant, csv_table, json_text, markdown_table, write_results
-from ottfx.schemes.base import PAGE, CacheShape, Scheme, SchemeConfig, TensorSpec
-from ottfx.study import EQUAL_BITS, STUDY, study_table, study_variants
-
-
-class PaperCounting(Scheme):
-    """Only what the formula reads: a 2-bit code, fp16 scales, a residual of 32 flushed by groups, a pool."""
-
-    name, config_class, citation = "paper-counting", SchemeConfig, ""
-    append_op = attend_op = None
-    pool, group = 6, 128
-
-    def check(self, config, shape):
-        return None
-
-    def state_spec(self, config, role, shape):
-        lead = (shape.batch_size, shape.num_kv_heads)
-        groups = PAGE // self.group * shape.head_dim if role == "key" else PAGE * max(1, shape.head_dim // self.group)
-        return {
-            "codes": TensorSpec(shape=(*lead, shape.pages, 8 * shape.head_dim), dtype=torch.int32, part="codes"),
-            "scale": TensorSpec(shape=(*lead, shape.pages, 2 * groups), dtype=torch.float16, part="scales"),
-            "ring": TensorSpec(shape=(*lead, 32 + self.group, shape.head_dim), dtype=shape.dtype, part="residual"),
-            "pool": TensorSpec(shape=(*lead, self.pool, shape.head_dim), dtype=shape.dtype, part="pool"),
-        }
-
-    def constants(self, config):
-        return ()
-
-    def packed_length(self, config, role, length, packed):
-        return max(packed, (length - 32) // self.group * self.group, 0)
-
-    def read(self, config, role, state, packed, length):
-        raise NotImplementedError
-
-    def rewind(self, config, role, state, packed, in_ring, length):
-        raise NotImplementedError
-
-
-def cache_shape(**sizes: int) -> CacheShape:
-    return CacheShape(head_dim=64, dtype=torch.float32, device=torch.device("cpu"), **sizes)
-
-
-def dense_cache_of(tensor: torch.Tensor) -> DynamicCache:
-    cache = DynamicCache()
-    cache.update(tensor, tensor, 0)
-    return cache
-
-
-def metrics_of(kl: list[float], nll: float = 2.0, reference_nll: float = 2.0) -> PositionMetrics:
-    values = torch.tensor(kl)
-    return PositionMetrics(
-        kl=values,
-        agrees=values < 0.5,
-        nll=torch.full_like(values, nll),
-        reference_nll=torch.full_like(values, reference_nll),
-    )
-
-
-def result_of(label: str, kl: list[float]) -> Result:
-    metrics = metrics_of(kl, nll=2.1)
-    conditions = Conditions(
-        model="tiny", text_sha256="ab", tokens_sha256="cd", tokens=9, start=5, prefill=5, dtype="float32",
-        device="CPU", attention="sdpa", versions="torch 0", date="today",
-    )  # fmt: skip
-    return Result(
-        label=label, description="described", mean_kl=metrics.mean_kl, kl_low=0.0, kl_high=1.0, top1=metrics.top1,
-        perplexity=metrics.perplexity, perplexity_ratio=metrics.perplexity_ratio, bits_held=3.5, bits_formula=3.0,
-        kl_p99=metrics.p99_kl, kl_drift=metrics.kl_drift, bits_2k=3.1, bits_8k=2.6, bits_32k=2.4,
-        seconds=1.0, conditions=conditions, metrics=metrics,
-    )  # fmt: skip
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def test_kl_is_that_of_the_definition_and_not_symmetric():
-    full = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]])
-    other = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]])
-    expected = torch.tensor([0.25 * math.log(2), 0.8 * math.log(8) - 0.1 * math.log(8)])
-    torch.testing.assert_close(kl_divergence(full.log(), other.log()), expected)
-    assert not torch.allclose(kl_divergence(full.log(), other.log())[1], kl_divergence(other.log(), full.log())[0])
-
-
-def test_kl_of_an_impossible_token_is_not_nan():
-    full = torch.tensor([0.5, 0.5, 0.0]).log()
-    assert kl_divergence(full, full) == 0.0
-    assert kl_divergence(full, torch.tensor([1.0, 0.0, 0.0]).log()).isinf()
-
-
-def test_position_metrics_ignore_the_last_token_that_has_no_next():
-    metrics = PositionMetrics(
-        kl=torch.tensor([0.1, 0.3]),
-        agrees=torch.tensor([True, False]),
-        nll=torch.tensor([1.5, torch.nan]),
-        reference_nll=torch.tensor([1.0, torch.nan]),
-    )
-    assert metrics.mean_kl == pytest.approx(0.2)
-    assert metrics.top1 == 0.5
-    assert metrics.perplexity == pytest.approx(math.exp(1.5))
-    assert metrics.perplexity_ratio == pytest.approx(math.exp(0.5))
-
-
-def test_tail_and_drift():
-    rising = metrics_of([0.1] * 50 + [0.2] * 149 + [9.0])
-    assert rising.p99_kl == pytest.approx(0.2) and metrics_of([0.0] * 97 + [5.0] * 3).p99_kl == pytest.approx(5.0)
-    assert metrics_of([0.1] * 50 + [0.7] * 100 + [0.3] * 50).kl_drift == pytest.approx(3.0)
-    assert math.isnan(metrics_of([0.1] * 3).kl_drift) and math.isnan(metrics_of([0.0] * 8).kl_drift)
-
-
-def test_bits_at_other_lengths():
-    model = ottfx.compile(tiny_model("llama", num_hidden_layers=1), bits=2, exempt_layers=(), lower="eager")
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(random_tokens(1, 200), past_key_values=cache)
-    bits = [bits_at_length(cache, length) for length in (200, 2048, 8192, 32768)]
-    assert bits[0] == bits_at_length(cache) == pytest.approx(cache_bits(cache)[1])
-    assert bits == sorted(bits, reverse=True)
-    # Heads of 16 channels: codes, a scale and a zero point for 128 tokens or 16 channels; then window and pool.
-    assert 3.1 < bits[3] < bits[2] < bits[1] < bits[0] < 16
-    assert bits_at_length(dense_cache_of(torch.zeros(1, 1, 9, 4)), 2048) == 16.0
-
-
-def test_bootstrap_interval_holds_the_mean_and_widens_with_correlation():
-    noise = torch.randn(1792).abs()
-    low, high = bootstrap_interval(noise)
-    assert low < noise.mean() < high
-    # Blocks that agree inside carry less information than the same number of independent positions.
-    correlated = torch.randn(28).abs().repeat_interleave(64)
-    wide = bootstrap_interval(correlated, block=64)
-    narrow = bootstrap_interval(correlated, block=1)
-    assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
-    assert bootstrap_interval(torch.full((100,), 0.25)) == pytest.approx((0.25, 0.25))
-
-
-def test_bootstrap_interval_refuses_no_values():
-    with pytest.raises(ConfigError, match="Got 0 values"):
-        bootstrap_interval(torch.tensor([]))
-
-
-@pytest.mark.parametrize(("length", "expected"), [(2048, 3.06), (8192, 2.55)])
-def test_formula_bits_are_those_of_the_study(length, expected):
-    shape = cache_shape(batch_size=2, num_kv_heads=3, pages=99)
-    scheme = PaperCounting()
-    bits = [formula_bits(scheme, SchemeConfig(), role, shape, length) for role in ("key", "value")]
-    assert sum(bits) / 2 == pytest.approx(expected, abs=0.006)
-
-
-def test_formula_bits_of_a_cache_shorter_than_its_window_are_16():
-    shape = cache_shape(batch_size=1, num_kv_heads=1, pages=1)
-    scheme = PaperCounting()
-    scheme.pool = 0
-    assert formula_bits(scheme, SchemeConfig(), "key", shape, 8) == 16.0
-
-
-# -- the loop ----------------------------------------------------------------------------------------------------------
+from ottfx.evaluate import default_text, evaluate
+from ottfx.results import Variant
+from ottfx.teacher_forcing import decode_metrics, reference_log_probs
 
 
 class NoisyLayer(DynamicLayer):
@@ -280,23 +119,6 @@ def test_the_real_cache_decodes_as_an_independent_simulation_of_it(seats, spill)
     torch.testing.assert_close(real.metrics.nll, simulated.nll, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-@pytest.fixture
-def dense_compile(monkeypatch):
-    """`ottfx.compile` that leaves the model alone, and a memory report of dense tensors."""
-    seen = []
-
-    def compile(model, **options):
-        seen.append(options)
-        return model
-
-    def memory_footprint(cache):
-        return SimpleNamespace(total=sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
-
-    monkeypatch.setattr(ottfx, "compile", compile, raising=False)
-    monkeypatch.setattr(ottfx, "memory_footprint", memory_footprint, raising=False)
-    return seen
-
-
 def test_evaluate_measures_each_variant_and_reports_steps(dense_compile):
     steps = []
     results = evaluate(
@@ -368,85 +190,3 @@ def test_default_text_is_the_documented_excerpt():
     text = default_text()
     assert text.startswith("Persuasion\n") and "Sir Walter Elliot, of Kellynch Hall" in text[:200]
     assert 50_000 < len(text.encode()) <= 64 * 1024
-
-
-# -- files, study, command ---------------------------------------------------------------------------------------------
-
-
-def test_results_survive_json_and_csv():
-    results = [result_of("a", [0.1, 0.2]), result_of("b", [0.3, 0.6])]
-    loaded = json.loads(json_text(results))
-    assert [row["mean_kl"] for row in loaded] == [r.mean_kl for r in results]
-    assert loaded[0]["conditions"] == dataclasses.asdict(results[0].conditions)
-    rows = list(csv.DictReader(io.StringIO(csv_table(results))))
-    assert [float(row["top1"]) for row in rows] == [1.0, 0.5]
-    assert rows[1]["label"] == "b" and rows[1]["model"] == "tiny" and "metrics" not in rows[1]
-
-
-def test_markdown_states_the_conditions_once():
-    table = markdown_table([result_of("a", [0.1, 0.2]), result_of("b", [0.3, 0.6])])
-    assert "| a | 3.00 | 3.50 | 2.60 | 0.1500 | 0.0000 to 1.0000 | 0.199 | nan | 1.000 | 1.105 |" in table
-    assert table.count("tiny, float32 on CPU") == 1 and "positions 5 to 8 are scored" in table
-
-
-def test_write_results_by_suffix(tmp_path):
-    results = [result_of("a", [0.1])]
-    assert [f.name for f in write_results(results, tmp_path / "new" / "q")] == ["q.json", "q.csv", "q.md"]
-    assert [f.name for f in write_results(results, tmp_path / "only.csv")] == ["only.csv"]
-    assert json.loads((tmp_path / "new" / "q.json").read_text())[0]["label"] == "a"
-    with pytest.raises(ConfigError, match="must end in one of"):
-        write_results(results, tmp_path / "q.xlsx")
-
-
-def test_study_table_compares_with_the_anchor():
-    ott, kivi = EQUAL_BITS
-    anchor = {row.variant.label: row.anchor for row in STUDY}[ott].mean_kl
-    near = study_table([result_of(ott, [anchor * 1.1] * 128), result_of(kivi, [0.38] * 128)])
-    assert "+10.0%, within 20%" in near and "(paired): better." in near
-    far = study_table([result_of(ott, [anchor * 2] * 128), result_of(kivi, [0.38] * 128)])
-    assert "+100.0%, OUTSIDE 20%" in far and "(paired): worse." in far
-    assert "paired" not in study_table([result_of(ott, [0.1] * 128)])
-
-
-def test_study_labels_are_unique_and_selectable():
-    labels = [row.variant.label for row in STUDY]
-    assert len(set(labels)) == len(labels) and set(EQUAL_BITS) <= set(labels)
-    assert [v.label for v in study_variants([labels[2], labels[0]])] == [labels[0], labels[2]]
-
-
-def test_default_variants_of_the_command():
-    options = [v.options for v in default_variants([" none", "ott", ""], ["4"])]
-    assert options == [{"scheme": "none"}, {"scheme": "ott", "bits": 4}]
-    variants = default_variants(["none", "ott", "kivi"], ["2", " 3"])
-    assert [v.label for v in variants] == ["none", "ott 2-bit", "ott 3-bit", "kivi 2-bit", "kivi 3-bit"]
-    assert variants[2].options == {"scheme": "ott", "bits": 3}
-    with pytest.raises(ConfigError, match="at least one scheme"):
-        default_variants([" "])
-    for widths in ([], ["two"], ["2", "-3"]):
-        with pytest.raises(ConfigError, match="must be whole numbers"):
-            default_variants(["ott"], widths)
-
-
-def test_command_writes_what_it_measured(dense_compile, monkeypatch, tmp_path):
-    import typer
-
-    import ottfx.models
-    from ottfx.evaluate import register
-
-    def load(dtype, notify):
-        notify("loading")
-        return tiny_model("llama"), lambda text, return_tensors: SimpleNamespace(input_ids=random_tokens(1, 40))
-
-    monkeypatch.setattr(ottfx.models, "load_smollm2", load)
-    app = typer.Typer()
-    app.command("other")(lambda: None)
-    register(app)
-    arguments = "eval --schemes ott --tokens 40 --start 32 --device cpu --out".split()
-    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "q.json")])
-    assert done.exit_code == 0, done.output
-    assert dense_compile == [{"scheme": "ott", "bits": 2}]
-    (row,) = json.loads((tmp_path / "q.json").read_text())
-    assert row["label"] == "ott" and row["conditions"]["model"] == "SmolLM2-135M-Instruct"
-    assert "mean KL" in done.output
-    refused = CliRunner().invoke(app, ["eval", "--dtype", "int8"])
-    assert refused.exit_code == 1 and "Got 'int8'" in refused.output
