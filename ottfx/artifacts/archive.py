@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ottfx.artifacts.atomic_file import atomic_file
 from ottfx.artifacts.manifest import Manifest, PartEntry, WeightsEntry
+from ottfx.artifacts.part_hash import hash_pieces, hash_stored
 from ottfx.artifacts.tensor_file import StoredTensor, TensorWriter, read_header
 from ottfx.artifacts.zip_members import (
     STEM,
@@ -30,8 +31,6 @@ from ottfx.artifacts.zip_members import (
     is_plain,
     map_file,
     open_to_read,
-    read_blocks,
-    sha256_of,
     write_member,
 )
 from ottfx.errors import ArtifactError, ConfigError
@@ -195,10 +194,10 @@ def _parts(
 
 def _write_external(path: Path, tensors: TensorWriter) -> WeightsEntry:
     # Hashed before they are written: the hash decides about the name.
-    sha256 = sha256_of(tensors.pieces())
+    sha256 = hash_pieces(tensors.pieces())
     plain = path.with_name(f"{path.stem}.safetensors")
     named = path.with_name(f"{path.stem}-{sha256[:12]}.safetensors")
-    target = next((file for file in (plain, named) if file.exists() and sha256_of(file_blocks(file)) == sha256), None)
+    target = next((file for file in (plain, named) if file.exists() and hash_pieces(file_blocks(file)) == sha256), None)
     if target is None:
         target = named if plain.exists() else plain
         with atomic_file(target) as temporary, open(temporary, "wb") as file:
@@ -234,7 +233,7 @@ def _check_parts(path: Path, file: BinaryIO, manifest: Manifest, spans: Mapping[
                 "Copy the file again, or export the model again."
             )
         if verify:
-            _require_hash(f"{path}: {name}", part.sha256, sha256_of(read_blocks(file, span.offset, span.bytes)))
+            _require_hash(f"{path}: {name}", part.sha256, hash_stored(file, span.offset, span.bytes))
 
 
 def _map_weights(
@@ -257,7 +256,7 @@ def _map_weights(
                 "Copy both files again, or export the model again."
             )
         if verify:
-            _require_hash(str(source), entry.sha256, sha256_of(read_blocks(file, 0, size)))
+            _require_hash(str(source), entry.sha256, hash_stored(file, 0, size))
         memory = map_file(source, file)
     return _Weights(memory, read_header(memory, 0, size, str(source)))
 

@@ -17,7 +17,7 @@ from ottfx.artifacts.program_cache import CacheSite
 from ottfx.errors import ArtifactError, ConfigError
 from ottfx.schemes.base import ROLES, CacheShape, TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,7 @@ class PartEntry:
     """One member of the archive."""
 
     sha256: str
+    """See `ottfx.artifacts.part_hash`."""
     bytes: int
 
 

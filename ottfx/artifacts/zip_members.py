@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import struct
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ottfx.artifacts.manifest import PartEntry
+from ottfx.artifacts.part_hash import PartHash
 from ottfx.errors import ArtifactError
 
 STEM = "model/"
@@ -59,7 +59,7 @@ def write_member(
     # Before the data: 30 bytes, the name, 4 bytes that begin the extra field, padding, 20 bytes of large sizes.
     padding = -(file.tell() + 30 + len(info.filename.encode()) + 4 + 20) % ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    digest = hashlib.sha256()
+    digest = PartHash()
     written = 0
     with package.open(info, "w", force_zip64=True) as member:
         for piece in pieces:
@@ -124,28 +124,10 @@ def map_file(path: Path, file: BinaryIO) -> mmap.mmap:
 
 def file_blocks(path: Path) -> Iterator[memoryview]:
     """Yield a file's bytes; each block is overwritten by the next."""
+    block = memoryview(bytearray(BLOCK))
     with open(path, "rb") as file:
-        yield from read_blocks(file, 0, os.fstat(file.fileno()).st_size)
-
-
-def read_blocks(file: BinaryIO, offset: int, size: int) -> Iterator[memoryview]:
-    """Yield `size` bytes from `offset` on; each block is overwritten by the next."""
-    block = memoryview(bytearray(min(BLOCK, size)))
-    file.seek(offset)
-    while size:
-        count = file.readinto(block[: min(len(block), size)])  # type: ignore[attr-defined]
-        if not count:
-            return
-        size -= count
-        yield block[:count]
-
-
-def sha256_of(pieces: Iterable[bytes | memoryview]) -> str:
-    """Return the SHA-256 of the pieces together, in hexadecimal."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+        while count := file.readinto(block):
+            yield block[:count]
 
 
 def is_plain(name: str) -> bool:

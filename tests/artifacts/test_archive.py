@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from ottfx.artifacts import machine
 from ottfx.artifacts.archive import MANIFEST, WEIGHTS, read_archive, write_archive
 from ottfx.artifacts.manifest import Manifest, ModelEntry, PartEntry, ProgramEntry, WeightsEntry
+from ottfx.artifacts.part_hash import hash_pieces
 from ottfx.artifacts.tensor_file import DTYPES
-from ottfx.artifacts.zip_members import STEM, find_members, sha256_of
+from ottfx.artifacts.zip_members import STEM, find_members
 from ottfx.errors import ArtifactError, ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +127,7 @@ def test_every_part_is_stored_aligned_and_listed(tmp_path):
         for info in infos[:-1]:
             part = written.parts[info.filename.removeprefix(STEM)]
             assert info.compress_type == zipfile.ZIP_STORED
-            assert part == PartEntry(sha256=sha256_of([package.read(info)]), bytes=info.file_size)
+            assert part == PartEntry(sha256=hash_pieces([package.read(info)]), bytes=info.file_size)
             offset = spans[info.filename.removeprefix(STEM)].offset
             assert content[offset : offset + info.file_size] == package.read(info)
 
@@ -329,7 +330,7 @@ def test_manifest_missing_or_wrong(tmp_path):
     path.write_bytes(content)
     rewrite(path, lambda members: [*members[:-1], (members[-1][0], b"not JSON")])
     refuses(path, "manifest: must be JSON")
-    with_manifest(lambda m: m | {"format_version": 7}, "format_version must be 1.*Got 7")
+    with_manifest(lambda m: m | {"format_version": 7}, "format_version must be 2.*Got 7")
     with_manifest(lambda m: {name: m[name] for name in m if name != "sites"}, "without .'sites'.")
     with_manifest(lambda m: m | {"parts": 3}, "parts: must be an object. Got 3")
     with_manifest(lambda m: m | {"parts": {}}, "must hold what its manifest lists, and nothing else")
@@ -431,7 +432,7 @@ def test_pickles_are_never_read(tmp_path, name):
     rewrite(path, lambda members: [*members, (STEM + name, bomb)])
     refuses(path, f"must hold what its manifest lists, and nothing else. Got .'{name}'. besides")
     refuses(path, "nothing else", verify=False)
-    part = {"sha256": sha256_of([bomb]), "bytes": len(bomb)}
+    part = {"sha256": hash_pieces([bomb]), "bytes": len(bomb)}
     rewrite(path, lambda members: members, lambda m: m | {"parts": m["parts"] | {name: part}})
     archive = read_archive(path)
     archive.weights()
@@ -446,7 +447,7 @@ def test_weights_that_are_a_pickle(tmp_path, location):
     path, written = write(tmp_path, location)
     fired = tmp_path / "fired"
     bomb = pickle.dumps(Bomb(fired))
-    part = {"sha256": sha256_of([bomb]), "bytes": len(bomb)}
+    part = {"sha256": hash_pieces([bomb]), "bytes": len(bomb)}
 
     def change(manifest):
         if location == "inside":
@@ -488,7 +489,7 @@ def header(table):
 )
 def test_weights_whose_table_does_not_fit(tmp_path, content):
     path, _ = write(tmp_path, "external")
-    part = {"sha256": sha256_of([content]), "bytes": len(content)}
+    part = {"sha256": hash_pieces([content]), "bytes": len(content)}
     (tmp_path / "model.safetensors").write_bytes(content)
     rewrite(path, lambda members: members, lambda m: m | {"weights": m["weights"] | part})
     refuses(path, "model.safetensors: must be a safetensors file")

@@ -225,4 +225,4 @@ def test_versions():
     versions = machine.versions_here()
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert {"transformers", "python"} <= set(versions) <= {*machine.PACKAGES, "python"}
-    assert manifest.FORMAT_VERSION == 1
+    assert manifest.FORMAT_VERSION == 2
