@@ -1,0 +1,54 @@
+"""Tables of `benchmarks.quality` and `ottfx eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.tables.markdown import Row, count, groups, number, table
+
+OPTIONAL = {"bits_8k": "bits at 8k tokens", "kl_p99": "KL, 99 % of positions below"}
+"""Columns that older results files lack -> their heading."""
+
+
+def variants(rows: Sequence[Row]) -> str:
+    """Quality of variants on one text."""
+    optional = {column: title for column, title in OPTIONAL.items() if any(row.get(column) for row in rows)}
+    columns = ["variant", "bits", "mean KL from full precision, nat", "95 % interval", "same first token"]
+    columns += ["perplexity ratio", *optional.values()]
+    parts = []
+    for group in groups(rows, "model", "tokens_sha256", "dtype"):
+        first = group[0]
+        title = (
+            f"{first['model']}, {first['dtype']}, {count(first['tokens'])} tokens, of which {count(first['prefill'])} "
+            f"are a prompt and the others decoded one by one, positions {count(first['start'])} and later:"
+        )
+        cells = [
+            [
+                row["description"] + (" (the paper's defaults)" if "paper" in row["label"] else ""),
+                number(row["bits_formula"], "{:.2f}"),
+                _nat(row["mean_kl"]),
+                f"{_nat(row['kl_low'])} to {_nat(row['kl_high'])}",
+                number(row["top1"], "{:.3f}"),
+                number(row["perplexity_ratio"], "{:.3f}"),
+                *(number(row.get(column), "{:.2f}") for column in optional),
+            ]
+            for row in group
+        ]
+        parts.append(f"{title}\n\n{table(columns, cells)}")
+    return "\n\n".join(parts)
+
+
+def _nat(text: str) -> str:
+    cell = number(text, "{:.3f}")
+    # What rounding leaves of a difference may be a negative zero.
+    return cell if not cell or float(cell) else cell.lstrip("-")
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """One sentence: how far the mean KL of a variant moves between texts."""
+    moves = []
+    for group in groups([row for row in rows if float(row["mean_kl"]) > 1e-6], "label"):
+        values = [float(row["mean_kl"]) for row in group]
+        moves.append(max(values) / min(values) - 1)
+    texts = len({row["tokens_sha256"] for row in rows})
+    return f"Between these {texts} texts the mean KL of one variant moves by {min(moves):.0%} to {max(moves):.0%}."
