@@ -38,7 +38,7 @@ def read_results(path: str | Path) -> list[Result]:
         for row in json.loads(file.read_text(encoding="utf-8")):
             metrics = arrays.metrics(row["label"])
             if math.isclose(metrics.mean_kl, row["mean_kl"], rel_tol=1e-9):
-                results.append(_result(row, metrics=metrics))
+                results.append(_result(row, metrics=metrics, fidelity=arrays.fidelity(row["label"])))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"ottfx.read_results: expected results of this version of `ottfx eval`. Got {str(file)!r}, which cannot be "
@@ -65,13 +65,16 @@ def check_same_conditions(earlier: Iterable[Result], conditions: Conditions) -> 
             )
 
 
-def find_finished(earlier: Iterable[Result], variant: Variant, tasks: Mapping[str, Sequence[Sample]]) -> Result | None:
+def find_finished(
+    earlier: Iterable[Result], variant: Variant, tasks: Mapping[str, Sequence[Sample]], sqnr: bool = False
+) -> Result | None:
     """Return the earlier result of a variant, if it lacks nothing that is asked for; None: it has to be measured.
 
     Args:
         earlier: results under the same conditions.
         variant: what is asked for.
         tasks: name -> samples; the result must have been asked as many of each.
+        sqnr: whether the result must have its fidelity.
 
     Raises:
         ConfigError: the label stands for other options in the earlier results.
@@ -86,16 +89,21 @@ def find_finished(earlier: Iterable[Result], variant: Variant, tasks: Mapping[st
             )
         asked = {name: len(samples) for name, samples in tasks.items()}
         answered = {name: score.asked for name, score in result.tasks.items()}
-        return result if asked.items() <= answered.items() else None
+        whole = asked.items() <= answered.items() and (result.fidelity is not None or not sqnr)
+        return result if whole else None
     return None
+
+
+_APART = ("conditions", "sqnr")
+"""What is read in another way than the numbers and the scores of a row."""
 
 
 def _result(row: Mapping[str, Any], **arrays: Any) -> Result:
     known = {f.name: f.type for f in dataclasses.fields(Result)}
-    numbers = {name: value for name, value in row.items() if name in known and name != "conditions"}
+    numbers = {name: value for name, value in row.items() if name in known and name not in _APART}
     # The text of the annotation: `from __future__ import annotations` is on in results.py.
     numbers = {name: math.nan if value is None and known[name] == "float" else value for name, value in numbers.items()}
-    scores = {name: _score(value) for name, value in row.items() if name not in known}
+    scores = {name: _score(value) for name, value in row.items() if name not in known and name not in _APART}
     return Result(**numbers, tasks=scores, conditions=Conditions(**row["conditions"]), **arrays)
 
 

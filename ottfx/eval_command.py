@@ -33,6 +33,7 @@ def eval_command(
     start: Annotated[int, typer.Option(help="First scored position.")] = 256,
     tasks: Annotated[str, typer.Option(help="Comma-separated: lines, copy, passkey-512, passkey-1024, or all.")] = "",
     samples: Annotated[int, typer.Option(help="Samples of each task.")] = 16,
+    sqnr: Annotated[bool, typer.Option("--sqnr", help="Also SQNR by layer and head: K, V, attention output.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16. Default: float32 on cpu.")] = "",
     out: Annotated[str, typer.Option(help="A .json, .csv or .md file; without suffix all three.")] = "results/quality",
@@ -54,7 +55,7 @@ def eval_command(
     with errors_in_red():
         variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","))
         results = run_evaluation(
-            variants, model, device, dtype, text, tokens, start, out, task_names(tasks), samples, fresh=fresh
+            variants, model, device, dtype, text, tokens, start, out, task_names(tasks), samples, sqnr=sqnr, fresh=fresh
         )
         typer.echo(markdown_table(results))
         if study:
@@ -114,6 +115,7 @@ def run_evaluation(
     tasks: Sequence[str] = (),
     samples: int = 16,
     *,
+    sqnr: bool = False,
     fresh: bool = True,
 ) -> list[Result]:
     """Load a model and measure `variants` on it, with a progress bar for each.
@@ -129,6 +131,7 @@ def run_evaluation(
         out: where the results go, as for `write_results`; written anew after each variant.
         tasks: names of tasks that are asked as well, see `ottfx.retrieval`.
         samples: samples of each task.
+        sqnr: as for `ottfx.evaluate.evaluate`.
         fresh: replace what `out` holds. Otherwise it is continued, if it is or has a JSON file.
 
     Returns:
@@ -176,6 +179,7 @@ def run_evaluation(
             start=start,
             tasks={task: make_samples(task, tokenizer, default_text(), samples) for task in tasks},
             model_name="SmolLM2-135M-Instruct" if model == SMOLLM2 else model,
+            sqnr=sqnr,
             earlier=list(record.values()),
             on_step=on_step,
             on_result=on_result,

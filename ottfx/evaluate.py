@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 import ottfx
+from ottfx.cache_fidelity import Fidelity, measure_fidelity
+from ottfx.dense_run import AskedLayer, keep_logits, run_dense
 from ottfx.earlier_results import check_same_conditions, find_finished
 from ottfx.effective_bits import bits_at_length, cache_bits, quantized_layers
 from ottfx.errors import ConfigError
@@ -47,6 +49,7 @@ def evaluate(
     prefill: int | None = None,
     model_name: str | None = None,
     tasks: Mapping[str, Sequence[Sample]] | None = None,
+    sqnr: bool = False,
     earlier: Sequence[Result] = (),
     on_step: OnStep | None = None,
     on_result: Callable[[Result], None] | None = None,
@@ -70,6 +73,8 @@ def evaluate(
         prefill: tokens of the prompt, at most `start`; `start` if None. The prompt attends in full precision.
         tasks: name -> samples (`ottfx.retrieval.make_samples`), which each variant is asked after it has read the text.
         model_name: what the results call the model; what its config says if None.
+        sqnr: also compare what each cache gives back with the dense cache, see `ottfx.cache_fidelity.Fidelity`. Each
+            variant then reads the text once more, as one prompt.
         earlier: results of a run that was broken off (`ottfx.earlier_results.read_results`). Variants that are whole
             there are not measured again.
         on_step: called after each step of a variant.
@@ -81,6 +86,7 @@ def evaluate(
     Raises:
         ConfigError: the text, or the model's context, is too short; `start` or `prefill` is out of range; `earlier`
             was measured under other conditions.
+        MatchError: `sqnr`, and the model's attention is not `scaled_dot_product_attention`.
     """
     prefill = start if prefill is None else prefill
     if not 1 <= prefill <= start < num_tokens:
@@ -125,13 +131,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     reference: Tensor | None = None
+    dense: list[AskedLayer] | None = None
     results: list[Result] = []
     for variant in variants:
-        result = find_finished(earlier, variant, tasks or {})
+        result = find_finished(earlier, variant, tasks or {}, sqnr)
         if result is None:
             if reference is None:
                 reference = reference_log_probs(model, ids, start)
-            result = _measure(model, ids, variant, reference, conditions, tasks or {}, on_step)
+                dense = run_dense(model, ids) if sqnr else None
+            result = _measure(model, ids, variant, reference, dense, conditions, tasks or {}, on_step)
             if on_result is not None:
                 on_result(result)
         results.append(result)
@@ -144,6 +152,7 @@ def _measure(
     ids: Tensor,
     variant: Variant,
     reference: Tensor,
+    dense: Sequence[AskedLayer] | None,
     conditions: Conditions,
     tasks: Mapping[str, Sequence[Sample]],
     on_step: OnStep | None,
@@ -155,7 +164,7 @@ def _measure(
     began = time.perf_counter()
     compiled = ottfx.compile(model, **variant.options)
     config: Any = model.config
-    cache = DynamicCache(config=config)
+    cache: Any = DynamicCache(config=config)
     report = None if on_step is None else lambda done, total: on_step(variant.label, done, total)
     metrics = decode_metrics(compiled, ids, cache, reference, conditions.prefill, report)
     seconds = time.perf_counter() - began
@@ -163,6 +172,11 @@ def _measure(
     for name, samples in tasks.items():
         ask = None if on_step is None else partial(on_step, f"{variant.label}, {name}")
         scores[name] = score_samples(compiled, samples, ask)
+    fidelity: Fidelity | None = None
+    if dense is not None:
+        stored: Any = DynamicCache(config=config)
+        compiled(ids, past_key_values=stored, use_cache=True, **keep_logits(model, 1))
+        fidelity = measure_fidelity(dense, stored, cache, ids.shape[1])
     held, formula, description = cache_bits(cache)
     low, high = bootstrap_interval(metrics.kl)
     return Result(
@@ -188,6 +202,7 @@ def _measure(
         seconds=seconds,
         conditions=conditions,
         metrics=metrics,
+        fidelity=fidelity,
     )
 
 

@@ -6,16 +6,19 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ottfx.artifacts.atomic_file import atomic_file
+from ottfx.cache_fidelity import Fidelity
 from ottfx.errors import ConfigError
 from ottfx.metrics import PositionMetrics
 from ottfx.result_arrays import write_arrays
 from ottfx.retrieval import Score
+from ottfx.sqnr_table import mean_sqnr, sqnr_in_json, sqnr_table
 
 FORMATS = (".json", ".csv", ".md")
 
@@ -96,6 +99,8 @@ class Result:
     conditions: Conditions
     metrics: PositionMetrics = field(repr=False, compare=False)
     """The numbers of each position; in the files, `ottfx.result_arrays` keeps them."""
+    fidelity: Fidelity | None = field(default=None, repr=False, compare=False)
+    """What the cache gives back against a dense one, if that was asked for; kept in the same place."""
 
     def row(self) -> dict[str, Any]:
         """Return the numbers as one flat row, without conditions and positions; scores of tasks as "right/asked"."""
@@ -103,7 +108,7 @@ class Result:
         return {name: getattr(self, name) for name in names} | {name: str(score) for name, score in self.tasks.items()}
 
 
-_NOT_IN_A_ROW = ("conditions", "metrics", "options", "tasks")
+_NOT_IN_A_ROW = ("conditions", "fidelity", "metrics", "options", "tasks")
 
 
 def options_in_json(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,13 +124,17 @@ def markdown_table(results: Sequence[Result]) -> str:
         "variant", "bits (formula)", "bits (held)", "bits at 8k", "mean KL, nat", "95 % interval", "KL, 99 %",
         "last / first quarter", "top-1", "perplexity ratio", *tasks,
     ]  # fmt: skip
+    with_sqnr = any(r.fidelity is not None for r in results)
+    columns += ["SQNR K / V / output, dB"] if with_sqnr else []
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for r in results:
         cells = [
             r.label, f"{r.bits_formula:.2f}", f"{r.bits_held:.2f}", f"{r.bits_8k:.2f}", f"{r.mean_kl:.4f}",
-            f"{r.kl_low:.4f} to {r.kl_high:.4f}", f"{r.kl_p99:.3f}", f"{r.kl_drift:.2f}", f"{r.top1:.3f}",
+            f"{r.kl_low:.4f} to {r.kl_high:.4f}", f"{r.kl_p99:.3f}",
+            "" if math.isnan(r.kl_drift) else f"{r.kl_drift:.2f}", f"{r.top1:.3f}",
             f"{r.perplexity_ratio:.3f}", *(str(r.tasks.get(name, "")) for name in tasks),
         ]  # fmt: skip
+        cells += [mean_sqnr(r.fidelity)] if with_sqnr else []
         lines.append("| " + " | ".join(cells) + " |")
     # Variants that ran one after the other differ in the time of day only.
     for c in dict.fromkeys(dataclasses.replace(r.conditions, date=r.conditions.date[:10]) for r in results):
@@ -146,6 +155,11 @@ def markdown_table(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _markdown_page(results: Sequence[Result]) -> str:
+    by_layer = sqnr_table({r.label: r.fidelity for r in results if r.fidelity is not None})
+    return markdown_table(results) + by_layer
+
+
 def csv_table(results: Sequence[Result]) -> str:
     """Return the results as CSV, the conditions repeated in each row."""
     rows = [{**r.row(), **dataclasses.asdict(r.conditions)} for r in results]
@@ -159,11 +173,18 @@ def csv_table(results: Sequence[Result]) -> str:
 
 
 def json_text(results: Sequence[Result]) -> str:
-    """Return the results as JSON: a list of objects, each with its `options` and `conditions`; NaN becomes null."""
+    """Return the results as JSON: a list of objects, each with its `options` and `conditions`.
+
+    Those whose fidelity was measured have `sqnr`: by way of filling the cache and by part, the mean of each layer's
+    heads in dB. NaN and infinity become null.
+    """
     rows = []
     for r in results:
-        numbers = {name: None if value != value else value for name, value in r.row().items()}
-        rows.append({**numbers, "options": r.options, "conditions": dataclasses.asdict(r.conditions)})
+        numbers = {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in r.row().items()
+        }
+        sqnr = {} if r.fidelity is None else {"sqnr": sqnr_in_json(r.fidelity)}
+        rows.append({**numbers, **sqnr, "options": r.options, "conditions": dataclasses.asdict(r.conditions)})
     return json.dumps(rows, indent=2, allow_nan=False) + "\n"
 
 
@@ -173,7 +194,7 @@ def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
     Args:
         results: what `evaluate` returned.
         path: a file that ends in .json, .csv or .md, or a path without a suffix, which then gets all three.
-            Beside JSON stands an .npz file with the numbers of each position. Folders are made.
+            Beside JSON stands an .npz file with the numbers of each position, layer and head. Folders are made.
 
     Returns:
         The files written.
@@ -186,7 +207,7 @@ def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
         raise ConfigError(
             f"ottfx.write_results: the file must end in one of {list(FORMATS)}, or have no suffix. Got {str(path)!r}."
         )
-    writers = {".json": json_text, ".csv": csv_table, ".md": markdown_table}
+    writers = {".json": json_text, ".csv": csv_table, ".md": _markdown_page}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix in [path.suffix] if path.suffix else FORMATS:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ottfx.dense_run import keep_logits
 from ottfx.metrics import PositionMetrics, kl_divergence
 
 
@@ -25,9 +25,8 @@ def reference_log_probs(model: torch.nn.Module, ids: Tensor, start: int) -> Tens
         float32 [tokens - start, vocabulary].
     """
     wanted = ids.shape[1] - start
-    keep = {"logits_to_keep": wanted} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
     with torch.compiler.set_stance("force_eager"):
-        logits = model(ids, use_cache=False, **keep).logits[0, -wanted:]
+        logits = model(ids, use_cache=False, **keep_logits(model, wanted)).logits[0, -wanted:]
     return logits.float().log_softmax(-1)
 
 

@@ -87,6 +87,7 @@ def test_a_result_that_lacks_something_is_measured_again():
     asked = dataclasses.replace(result_of("a", [0.1]), tasks={"copy": Score(right=3, asked=8)})
     wanted = Variant(label="a", options={})
     assert find_finished([asked], wanted, {}) is asked
+    assert find_finished([asked], wanted, {}, sqnr=True) is None
     assert find_finished([asked], wanted, {"copy": [None] * 8}) is asked
     assert find_finished([asked], wanted, {"copy": [None] * 9}) is None
     assert find_finished([asked], wanted, {"lines": [None] * 8}) is None

@@ -40,7 +40,7 @@ def test_markdown_says_which_layers_stayed_dense():
 
 def test_markdown_states_the_conditions_once():
     table = markdown_table([result_of("a", [0.1, 0.2]), result_of("b", [0.3, 0.6])])
-    assert "| a | 3.00 | 3.50 | 2.60 | 0.1500 | 0.0000 to 1.0000 | 0.199 | nan | 1.000 | 1.105 |" in table
+    assert "| a | 3.00 | 3.50 | 2.60 | 0.1500 | 0.0000 to 1.0000 | 0.199 |  | 1.000 | 1.105 |" in table
     assert table.count("tiny, float32 on CPU") == 1 and "positions 5 to 8 are scored" in table
 
 
