@@ -81,6 +81,7 @@ def in_new_process(
     """Run a benchmark with `--child name` in a process whose disk caches are in `folder`; return what it prints."""
     command = [sys.executable, "-m", module, "--child", name, "--layers", str(layers), *more]
     command += ["--shape", options.shape, "--scheme", options.scheme, "--bits", str(options.bits)]
+    command += [word for name, value in options.option for word in ("--option", f"{name}={value!r}")]
     command += ["--lower", options.lower, "--device", options.device]
     environment = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_FORCE_DISABLE_CACHES"}
     environment |= {variable: os.path.join(folder, variable) for variable in CACHE_FOLDERS}

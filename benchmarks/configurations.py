@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,11 +64,13 @@ class Quantization:
 
     scheme: str = "ott"
     bits: int = 2
+    options: tuple[tuple[str, Any], ...] = ()
+    """Other fields of the scheme's config: (name, value)."""
     lower: str = "inductor"
 
     def config(self) -> SchemeConfig:
         """Options of the scheme."""
-        return make_config(self.scheme, None if self.scheme == "none" else self.bits)
+        return make_config(self.scheme, None if self.scheme == "none" else self.bits, **dict(self.options))
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +79,32 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="replaces the shape's number of layers")
     parser.add_argument("--scheme", default="ott")
     parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument(
+        "--option", action="append", default=[], type=scheme_option, metavar="NAME=VALUE",
+        help="of the scheme, such as group_size=64 or residual_length=32; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--lower", default="inductor", choices=("inductor", "eager"), help="eager: no Inductor")
+
+
+def scheme_option(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value as Python writes it, or else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE. Got {text!r}.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Read `1,32,96`."""
+    return [int(part) for part in text.split(",")]
 
 
 def quantization_of(options: argparse.Namespace) -> Quantization:
     """Return what `add_model_options` was told of the packed cache."""
-    return Quantization(scheme=options.scheme, bits=options.bits, lower=options.lower)
+    return Quantization(scheme=options.scheme, bits=options.bits, options=tuple(options.option), lower=options.lower)
 
 
 def model_of(options: argparse.Namespace) -> PreTrainedModel:
@@ -100,7 +123,7 @@ def model_labels(options: argparse.Namespace) -> dict[str, Any]:
 
 def model_notes(options: argparse.Namespace) -> list[str]:
     """Return what the options say below the table: how ottfx stores the cache, and how it was compiled."""
-    return [f"{options.scheme} {options.bits}-bit, {options.lower}."]
+    return [f"{quantization_of(options).config().describe()}; {options.lower}."]
 
 
 @contextmanager
@@ -134,12 +157,19 @@ def new_cache(model: PreTrainedModel, way: Configuration, longest: int) -> Any:
 
 
 def fill_cache(
-    cache: Any, model: PreTrainedModel, way: Configuration, quantization: Quantization, *, batch_size: int, length: int
+    cache: Any,
+    model: PreTrainedModel,
+    way: Configuration,
+    quantization: Quantization,
+    *,
+    batch_size: int,
+    length: int,
+    room: int = 1,
 ) -> None:
     """Put `length` random tokens into an empty cache, without running the model.
 
     Layers that ottfx stores get random packed storage; all others are updated with random keys and values, as a prompt
-    would update them.
+    would update them. Packed storage does not grow before `room` tokens have been appended.
     """
     config, dtype, device = model.config, model.dtype, model.device
     num_kv_heads, head_dim = config.num_key_value_heads, config.head_dim
@@ -153,6 +183,7 @@ def fill_cache(
                 length=length,
                 dtype=dtype,
                 device=device.type,
+                room=room,
             )
             key, value = (KVTensor.from_payload(Payload(half, length)) for half in halves)
             layer.lazy_initialization(key, value)

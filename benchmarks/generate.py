@@ -1,187 +1,117 @@
-"""Whole calls of `generate` with random weights: time of a decode step, memory, seconds of compiling.
+"""Whole calls of `generate` with random weights: where a decode step's time goes, memory, seconds of compiling.
 
 `python -m benchmarks.generate --shape llama-3-8b --batch-size 8 --prompt 8192 --new-tokens 256` on a GPU.
-`--synthetic 32768` starts from a cache that holds so many random tokens, without running a prompt.
+`--synthetic 32768` starts from a cache that holds so many random tokens, without running a prompt. Sizes may be lists,
+such as `--batch-size 1,32,96`; `--search-batch` and `--search-length` look for the largest that fits.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
-
-import ottfx
 from benchmarks.configurations import (
     CONFIGURATIONS,
-    QUANTIZED,
-    Configuration,
     add_model_options,
-    configured,
-    fill_cache,
     model_labels,
     model_notes,
     model_of,
-    new_cache,
     quantization_of,
+    whole_numbers,
 )
-from benchmarks.runner import Case, command_line, free_memory, run_cases
-from benchmarks.timing import allocated_bytes, host_seconds, peak_bytes, reset_peak
+from benchmarks.generation import Generation, Workload
+from benchmarks.runner import Case, command_line, run_cases
 
-WARM_UP_TOKENS = 8
-"""Tokens of the run that compiles: enough for CUDA graphs to be recorded."""
-
-
-class StepClock(StoppingCriteria):
-    """Notes the moment after each new token, and stops after `most` tokens. Adds no synchronization of its own."""
-
-    def __init__(self, device: str, most: int) -> None:
-        self._device = device
-        self._most = most
-        self._moments: list[Any] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Called by `generate` with int64 [batch, tokens so far]; returns bool [batch], True to stop."""
-        if self._device == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._moments.append(event)
-        else:
-            self._moments.append(time.perf_counter())
-        stop = len(self._moments) >= self._most
-        return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
-
-    def step_milliseconds(self) -> list[float]:
-        """Return the time of each step after the first token. On CUDA the device must have finished."""
-        pairs = zip(self._moments, self._moments[1:], strict=False)
-        if self._device == "cuda":
-            return [before.elapsed_time(after) for before, after in pairs]
-        return [1e3 * (after - before) for before, after in pairs]
+QUICK = ("ottfx", "ottfx-graphs", "dynamic-compiled")
+LONGEST_TRIED = 1 << 23
+LARGEST_TRIED = 1 << 14
 
 
-class Generation:
-    """One workload on one model, measured with any configuration."""
+def workloads(options: argparse.Namespace) -> list[Workload]:
+    """Return what the options ask for; with a search, the sizes at which it begins."""
+    synthetic = options.synthetic is not None
+    starts = options.synthetic if synthetic else options.prompt
+    return [
+        Workload(batch_size=batch_size, start=start, synthetic=synthetic, new_tokens=options.new_tokens)
+        for start, batch_size in product(starts, options.batch_size)
+    ]
 
-    def __init__(self, model: PreTrainedModel, options: argparse.Namespace) -> None:
-        self.model = model
-        self.options = options
-        self.quantization = quantization_of(options)
-        self.start = options.synthetic + 1 if options.synthetic else options.prompt
-        self.ids = torch.randint(1, model.config.vocab_size, (options.batch_size, self.start), device=options.device)
 
-    def measure(self, way: Configuration) -> dict[str, Any]:
-        """Run once to compile, once to measure."""
-        options, device = self.options, self.options.device
-        warm_up_tokens = min(WARM_UP_TOKENS, options.new_tokens)
-        base = allocated_bytes(device)
-        with configured(self.model, way, self.quantization), torch.no_grad():
-            past = self._filled(way, self._empty(way))
-            cold_seconds = self._run(past, warm_up_tokens)[0]
-            if way.cache == "static":
-                # Compiled code is for one static cache; with another at another address it would be compiled again.
-                past.reset()
-            else:
-                del past
-                free_memory()
-                past = self._empty(way)
-            past = self._filled(way, past)
-            reset_peak(device)
-            seconds, clock, past = self._run(past, options.new_tokens)
-            steps = clock.step_milliseconds()
-            peak = peak_bytes(device, base)
-            held = self._cache_bytes(way, past, base)
-        step_ms = statistics.median(steps)
-        first_seconds = seconds - sum(steps) / 1e3
-        return {
-            "step_ms": step_ms,
-            "step_ms_p90": sorted(steps)[int(0.9 * (len(steps) - 1))],
-            "first_token_s": first_seconds,
-            "tokens_per_s": options.batch_size * options.new_tokens / seconds,
-            "cache_bytes": held,
-            "peak_bytes": peak,
-            "compile_s": max(0.0, cold_seconds - first_seconds - step_ms * (warm_up_tokens - 1) / 1e3),
-        }
+def labels(workload: Workload, searched: str | None) -> dict[str, Any]:
+    """Return the columns that name a workload; `largest` stands for a size that is searched."""
+    sizes = {"batch_size": workload.batch_size, "start": workload.start}
+    if searched:
+        sizes[searched] = "largest"
+    kind = "synthetic" if workload.synthetic else "prompt"
+    return {
+        "batch_size": sizes["batch_size"],
+        "start": f"{kind} {sizes['start']}",
+        "new_tokens": workload.new_tokens,
+    }
 
-    def _empty(self, way: Configuration) -> Any:
-        return new_cache(self.model, way, self.start + self.options.new_tokens)
 
-    def _filled(self, way: Configuration, past: Any) -> Any:
-        if length := self.options.synthetic:
-            batch_size = self.options.batch_size
-            fill_cache(past, self.model, way, self.quantization, batch_size=batch_size, length=length)
-        return past
+def plan(options: argparse.Namespace, generation: Callable[[], Generation]) -> Iterator[Case]:
+    """Yield all cases."""
+    searched = "batch_size" if options.search_batch else "start" if options.search_length else None
+    limit = options.search_limit or (LARGEST_TRIED if searched == "batch_size" else LONGEST_TRIED)
 
-    def _run(self, past: Any, new_tokens: int) -> tuple[float, StepClock, Any]:
-        """Generate, and return wall seconds, the clock of the steps, and the cache."""
-        clock = StepClock(self.options.device, new_tokens)
-        caches = []
+    def measure(name: str, workload: Workload) -> dict[str, Any]:
+        way = CONFIGURATIONS[name]
+        if searched is None:
+            return generation().measure(way, workload)
+        measured, row = generation().measure_largest(
+            way,
+            lambda size: replace(workload, **{searched: size}),
+            start=getattr(workload, searched),
+            most=limit,
+        )
+        return {**labels(measured, None), **row, "largest": searched}
 
-        def run() -> None:
-            result: Any = self.model.generate(
-                self.ids,
-                attention_mask=torch.ones_like(self.ids),
-                past_key_values=past,
-                max_new_tokens=self.options.new_tokens,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([clock]),
-                return_dict_in_generate=True,
-            )
-            caches.append(result.past_key_values)
-
-        return host_seconds(run, self.options.device), clock, caches[0]
-
-    def _cache_bytes(self, way: Configuration, past: Any, base: int) -> int | None:
-        if way.cache not in QUANTIZED:
-            return ottfx.memory_footprint(past).total
-        # Their tensors are out of reach: what is allocated while only the cache lives.
-        gc.collect()
-        return allocated_bytes(self.options.device) - base if self.options.device == "cuda" else None
+    for workload, (name, way) in product(workloads(options), CONFIGURATIONS.items()):
+        yield Case(
+            labels={**model_labels(options), **labels(workload, searched), "configuration": name},
+            measure=partial(measure, name, workload),
+            quick=name in QUICK,
+            default=way.available,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = command_line(__doc__, "generate")
     add_model_options(parser)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prompt")
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--synthetic", type=int, help="tokens of a cache of random content, instead of a prompt")
+    parser.add_argument("--batch-size", type=whole_numbers, default=[8], help="sequences: one number, or several")
+    parser.add_argument("--prompt", type=whole_numbers, default=[8192], help="tokens of the prompt")
+    parser.add_argument("--synthetic", type=whole_numbers, help="tokens of a cache of random content, without a prompt")
+    parser.add_argument("--new-tokens", type=int, default=256, help="tokens that are timed")
+    parser.add_argument(
+        "--profile-tokens", type=int, default=16, help="tokens behind them whose kernels are timed (0: none); on CUDA"
+    )
+    search = parser.add_mutually_exclusive_group()
+    search.add_argument("--search-batch", action="store_true", help="the largest batch that fits, from --batch-size on")
+    search.add_argument(
+        "--search-length", action="store_true", help="the longest synthetic cache that fits, from --synthetic on"
+    )
+    parser.add_argument("--search-limit", type=int, help="the largest size that a search tries")
     options = parser.parse_args(arguments)
+    if options.search_length and options.synthetic is None:
+        parser.error("--search-length needs --synthetic LENGTH, the length to begin with")
     if options.tiny:
-        options.shape, options.batch_size, options.new_tokens = "tiny", 2, 6
-        options.prompt, options.synthetic = 150, options.synthetic and 150
-
-    @cache
-    def generation() -> Generation:
-        return Generation(model_of(options), options)
-
-    def measure(name: str) -> dict[str, Any]:
-        return generation().measure(CONFIGURATIONS[name])
-
-    labels = {
-        **model_labels(options),
-        "batch_size": options.batch_size,
-        "start": f"synthetic {options.synthetic}" if options.synthetic else f"prompt {options.prompt}",
-        "new_tokens": options.new_tokens,
-    }
-    cases = [
-        Case(
-            labels={**labels, "configuration": name},
-            measure=partial(measure, name),
-            quick=name in ("ottfx", "ottfx-graphs", "dynamic-compiled"),
-            default=way.available,
+        options.shape, options.new_tokens, options.prompt = "tiny", 6, [150]
+        options.batch_size = [2, 3][: len(options.batch_size)]
+        options.synthetic = options.synthetic and [150]
+        options.search_limit = 4 if options.search_batch else 300
+    generation = cache(
+        lambda: Generation(
+            model_of(options), quantization_of(options), options.profile_tokens if options.device == "cuda" else 0
         )
-        for name, way in CONFIGURATIONS.items()
-    ]
-    return run_cases(cases, options, model_notes(options))
+    )
+    return run_cases(plan(options, generation), options, model_notes(options))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-LONGEST = 1 << 20
+LONGEST = 1 << 24
 """Positions that every shape allows, so that a benchmark may be longer than the real model's context."""
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -86,6 +86,38 @@ def _timed_replay(function: Callable[[], Any], reset: Callable[[], Any]) -> Call
     return timed
 
 
+class KernelProfile:
+    """The time of each kernel between `start` and `stop`, on a CUDA device."""
+
+    def __init__(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._profile = profile(activities=[ProfilerActivity.CUDA])
+        self.microseconds: dict[str, float] = {}
+        """Of all kernels of a name, copies and fills of memory included."""
+
+    def start(self) -> None:
+        """Begin, when the device has finished what it was given."""
+        torch.cuda.synchronize()
+        self._profile.start()
+
+    def stop(self) -> None:
+        """Wait for the device, and add up."""
+        torch.cuda.synchronize()
+        self._profile.stop()
+        self.microseconds = kernel_times(self._profile.key_averages())
+
+
+def kernel_times(averages: Iterable[Any]) -> dict[str, float]:
+    """Return the microseconds of what ran on the device, by name; ranges that were only marked do not count."""
+    cuda = torch.autograd.DeviceType.CUDA
+    return {
+        event.key: event.device_time_total
+        for event in averages
+        if event.device_type == cuda and event.device_time_total > 0 and not event.is_user_annotation
+    }
+
+
 def kernel_microseconds(
     function: Callable[[], Any], device: str, *, reset: Callable[[], Any] | None = None
 ) -> dict[str, float]:
@@ -96,17 +128,15 @@ def kernel_microseconds(
     """
     if device != "cuda":
         return {}
-    from torch.profiler import ProfilerActivity, profile
-
     reset = reset or _nothing
     reset()
     function()
     reset()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        function()
-        torch.cuda.synchronize()
-    return {event.key: event.device_time_total for event in profiled.key_averages() if event.device_time_total > 0}
+    profiled = KernelProfile()
+    profiled.start()
+    function()
+    profiled.stop()
+    return profiled.microseconds
 
 
 def read_microseconds(data: Tensor, device: str) -> float:

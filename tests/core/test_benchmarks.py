@@ -66,7 +66,20 @@ def test_generate(tmp_path, start):
     dense, packed = rows[0], rows[1]
     assert int(dense["cache_bytes"]) == 2 * 2 * 2 * 2 * tokens * 16 * 4
     assert 0 < int(packed["cache_bytes"]) != int(dense["cache_bytes"])
-    assert all(float(row["step_ms"]) > 0 and float(row["tokens_per_s"]) > 0 for row in rows)
+    assert all(float(row["step_ms"]) > float(row["forward_ms"]) > 0 for row in rows)
+    assert all(float(row["tokens_per_s"]) > 0 and row["graphs_compiled"] == "0" for row in rows)
+
+
+def test_generate_at_several_and_at_the_largest_sizes(tmp_path):
+    rows = run(generate, tmp_path, "--batch-size", "1,32", *only("*/dynamic-eager"))
+    assert [row["batch_size"] for row in rows] == ["2", "3"]
+    (row,) = run(generate, tmp_path, "--search-batch", *only("*/dynamic-eager"))
+    assert (row["batch_size"], row["largest"]) == ("4", "batch_size")
+    (row,) = run(generate, tmp_path, "--search-length", "--synthetic", "100", *only("*/dynamic-eager"))
+    assert (row["start"], row["largest"]) == ("synthetic 300", "start")
+    assert int(row["cache_bytes"]) == 2 * 2 * 2 * 2 * (300 + 6) * 16 * 4
+    with pytest.raises(SystemExit):
+        generate.main(["--search-length"])
 
 
 @pytest.mark.slow
@@ -76,7 +89,6 @@ def test_prefill(tmp_path):
     assert all(float(row["ms"]) > 0 for row in rows)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_artifact(tmp_path):
     rows = run(artifact, tmp_path)
