@@ -1,13 +1,16 @@
-"""What Triton compiled: registers and spills of new kernels, and compiling many of them in parallel beforehand."""
+"""ottfx's kernels: registers and spills of new ones, compiling many in parallel, the time of those that store."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+
+STORING = ("affine_append", "affine_encode", "affine_pack", "affine_select", "affine_store")
+"""Modules of `ottfx.kernels` whose kernels store new tokens."""
 
 
 class NewKernels:
@@ -30,6 +33,14 @@ def _compiled() -> dict[int, tuple[str, Any]]:
             for cache in getattr(function, "device_caches", {}).values():
                 found.update({id(kernel): (name, kernel) for kernel in cache[0].values()})
     return found
+
+
+def storing_microseconds(kernels: Mapping[str, float]) -> float:
+    """Return the time of those kernels of a profile that store tokens, out of name -> microseconds."""
+    modules = [sys.modules.get(f"ottfx.kernels.{name}") for name in STORING]
+    names = tuple(name for module in modules for name in vars(module or object) if name.endswith("_kernel"))
+    # Inductor appends to the names of those that it launches.
+    return sum(time for name, time in kernels.items() if name.startswith(names))
 
 
 def compile_in_parallel(compile_one: Callable[[Any], None], settings: Sequence[Any], jobs: int) -> None:

@@ -30,7 +30,9 @@ class Configuration:
 
     cache: CacheKind
     compiled: Literal["ottfx", "forward", "generate", "no"]
-    """By `ottfx.compile`, by `torch.compile(model.forward, dynamic=True)`, by `generate` itself, or not at all."""
+    """By `ottfx.compile`, by `torch.compile(model.forward)`, by `generate` itself, or not at all."""
+    dynamic: bool = True
+    """Of `torch.compile`: one graph for all sizes, or one for each."""
     mode: str | None = None
     package: str | None = None
     """What has to be installed."""
@@ -55,6 +57,8 @@ CONFIGURATIONS = {
 }
 FORWARD_ONLY = [name for name, way in CONFIGURATIONS.items() if way.cache in ("packed", "dynamic")]
 """Those whose forward can be called without `generate`."""
+PROMPT_ONLY = {"fixed-compiled": Configuration(cache="dynamic", compiled="forward", dynamic=False)}
+"""The strongest peer for a prompt: code for its one size, with which a decode could not go on."""
 QUANTIZED = {"quanto": {"axis_key": 0, "axis_value": 0}, "hqq": {"axis_key": 1, "axis_value": 1}}
 
 
@@ -137,7 +141,7 @@ def configured(model: PreTrainedModel, way: Configuration, quantization: Quantiz
         if way.compiled == "ottfx":
             ottfx.compile(model, scheme=quantization.config(), mode=way.mode, lower=quantization.lower)
         elif way.compiled == "forward":
-            model.forward = torch.compile(model.forward, dynamic=True, backend=quantization.lower)
+            model.forward = torch.compile(model.forward, dynamic=way.dynamic, backend=quantization.lower)
         yield
     finally:
         model._compiled_call_impl = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 import ottfx
 import ottfx.step_graph
+from benchmarks.compiled_kernels import storing_microseconds
 from benchmarks.configurations import QUANTIZED, Configuration, Quantization, configured, fill_cache, new_cache
 from benchmarks.runner import free_memory
 from benchmarks.search import largest_that_fits
@@ -30,8 +30,6 @@ PRECISION = 1 / 16
 """Relative, of a search."""
 ATTEMPTS = 4
 """Measurements of smaller and smaller sizes, if the largest that fits fails for want of memory in the end."""
-STORING = ("affine_append", "affine_encode", "affine_pack", "affine_select", "affine_store")
-"""Modules of `ottfx.kernels` whose kernels store new tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,16 +226,9 @@ def _times(clock: StepClock, workload: Workload, profiled: int) -> dict[str, Any
         row["outside_ms"] = statistics.median(outside)
     if steps and clock.kernels is not None and clock.kernels.microseconds:
         kernels = clock.kernels.microseconds
-        storing = tuple(_storing_kernels())
         row["device_ms"] = sum(kernels.values()) / profiled / 1e3
         row["idle_ms"] = row["step_ms"] - row["device_ms"]
-        row["append_ms"] = sum(time for name, time in kernels.items() if name.startswith(storing)) / profiled / 1e3
+        row["append_ms"] = storing_microseconds(kernels) / profiled / 1e3
     row["first_token_s"] = clock.seconds - sum(steps) / 1e3
     row["tokens_per_s"] = workload.batch_size * workload.new_tokens / clock.seconds
     return row
-
-
-def _storing_kernels() -> list[str]:
-    """Names of the kernels that store new tokens. Inductor appends to the names of those that it launches."""
-    modules = [sys.modules.get(f"ottfx.kernels.{name}") for name in STORING]
-    return [name for module in modules for name in vars(module or object) if name.endswith("_kernel")]

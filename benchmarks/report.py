@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.results import FOLDER
-from benchmarks.tables import append, attention, models, quality
+from benchmarks.tables import append, attention, generate, models, quality
 from benchmarks.tables.markdown import Row
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,10 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
     "attention-queries": (attention.queries, "python -m benchmarks.attention"),
     "attention-headline": (attention.headline, "python -m benchmarks.attention"),
     "append": (append.packing, "python -m benchmarks.append"),
+    "generate": (generate.steps, "python -m benchmarks.generate"),
+    "generate-headline": (generate.headline, "python -m benchmarks.generate"),
+    "generate-largest": (generate.largest, "python -m benchmarks.generate --search-batch"),
+    "prefill": (generate.prefill, "python -m benchmarks.prefill"),
     "memory": (models.memory, "python -m benchmarks.memory"),
     "artifact": (models.artifact, "python -m benchmarks.artifact"),
     "quality": (quality.variants, "python -m benchmarks.quality"),

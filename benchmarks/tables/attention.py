@@ -80,6 +80,8 @@ def headline(rows: Sequence[Row]) -> str:
         if row["query"] == "q1" and row["what"] == f"{BASELINE}-complete" and row.get("speedup_over_best_peer")
         if parse_workload(row["workload"])[1] >= LONG
     ]
+    if not ratios:
+        return "Not measured yet."
     return (
         "Attention of one decode step over 2-bit codes, outliers and full-precision window included, is\n"
         f"{min(ratios):.2f} to {max(ratios):.2f} times as fast as the fastest bf16 attention in the same run, "

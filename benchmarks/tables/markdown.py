@@ -11,7 +11,10 @@ Row = dict[str, str]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table; a sentence if it has no rows."""
+    rows = list(rows)
+    if not rows:
+        return "Not measured yet."
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -22,8 +25,8 @@ def number(text: str | None, pattern: str, factor: float = 1.0) -> str:
 
 
 def count(text: str) -> str:
-    """Return a whole number with its thousands marked."""
-    return f"{int(text):,}"
+    """Return a whole number with its thousands marked; a word as it is."""
+    return f"{int(text):,}" if text.isdecimal() else text
 
 
 def groups(rows: Sequence[Row], *columns: str) -> list[list[Row]]:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.report import BlockError, filled
+from benchmarks.tables import generate
 from benchmarks.tables.markdown import groups, table
 
 CARD = {"card": "NVIDIA Test", "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "date": "2026-11-22"}
@@ -94,7 +95,47 @@ def test_conditions_of_several_days_are_all_told():
     assert report.conditions(rows).count("NVIDIA Test") == 2
 
 
+STEP = {
+    "card": "x", "shape": "llama-2-7b", "layers": "8", "batch_size": "96", "start": "prompt 160", "new_tokens": "338",
+    "error": "", "largest": "", "stopped_by": "", "device_ms": "", "idle_ms": "", "append_ms": "", "peak_bytes": "",
+    "tokens_per_s": "1000", "cache_bytes": "8000000000",
+}  # fmt: skip
+GENERATED = [
+    STEP | {"configuration": "dynamic-eager", "step_ms": "40.0"},
+    STEP | {"configuration": "static-compiled", "step_ms": "4.5"},
+    STEP | {"configuration": "dynamic-compiled", "step_ms": "", "error": "OutOfMemoryError: CUDA"},
+    STEP | {"configuration": "quanto", "step_ms": "1.0"},
+    STEP
+    | {"configuration": "ottfx-graphs", "step_ms": "3.0", "cache_bytes": "2000000000"}
+    | {"device_ms": "2.5", "idle_ms": "0.5", "append_ms": "0.06"},
+    STEP | {"configuration": "ottfx", "step_ms": "9.0"},
+    STEP | {"configuration": "ottfx", "step_ms": "20.0", "batch_size": "700", "largest": "batch_size"},
+]
+
+
+def test_the_headline_takes_the_fastest_of_each_side_and_no_peer_of_fewer_bits():
+    (line,) = generate.headline(GENERATED).splitlines()[2:]
+    assert line.startswith("| llama-2-7b, 8 layers | 96 x prompt 160 + 338 | 4.50 (static-compiled) |")
+    assert line.endswith("| 3.00 (ottfx-graphs) | 1.50x | 4.00x |")
+
+
+def test_steps_and_largest_sizes_are_two_tables():
+    text = generate.steps(GENERATED)
+    assert "| 96 x prompt 160 + 338 | ottfx-graphs | 3.00 | 2.50 | 0.50 | 2.0% | 1,000 | 2.00 |  |" in text
+    assert "| dynamic-compiled | fails: OutOfMemoryError: CUDA |" in text and "700" not in text
+    assert len(generate.largest(GENERATED).splitlines()) == 3
+    assert "| 700 x prompt 160 + 338 | batch | ottfx | 20.00 |" in generate.largest(GENERATED)
+
+
+def test_a_prefill_is_compared_with_the_fastest_in_16_bits():
+    row = STEP | {"prompt": "8192", "batch_size": "4"}
+    times = {"dynamic-eager": "300", "ottfx": "210", "dynamic-compiled": "220", "fixed-compiled": "200"}
+    text = generate.prefill([row | {"configuration": name, "ms": ms} for name, ms in times.items()])
+    assert "| 4 x 8,192 | ottfx | 210.0 | +5.0% |" in text
+
+
 def test_rows_are_grouped_in_the_order_of_the_file():
     rows = [{"a": "2"}, {"a": "1"}, {"a": "2", "b": "x"}]
     assert groups(rows, "a") == [[rows[0], rows[2]], [rows[1]]]
+    assert table(["x"], []) == "Not measured yet."
     assert table(["x"], [["1"]]) == "| x |\n| --- |\n| 1 |"
