@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.compiled_kernels import NewKernels, compile_in_parallel
 from benchmarks.packed_state import bytes_read, lengths, operands, random_halves
+from benchmarks.plots import add_plots_option, draw_if_asked, require_matplotlib
 from benchmarks.runner import Case, command_line, run_cases, select
 from benchmarks.shapes import Heads, heads_of, parse_workload
 from benchmarks.timing import device_microseconds, read_ceiling
@@ -26,6 +27,8 @@ from ottfx.schemes.ott import OTT, OTTConfig
 
 SHAPES = ("llama-2-7b", "llama-3-8b", "qwen3-8b", "qwen3-32b", "gemma-3-4b", "llama-3.2-1b")
 WORKLOADS = ("8x32k", "1x128k", "64x4k", "256x1k", "32x32k")
+SWEEP = ("8x1k", "8x2k", "8x4k", "8x8k", "8x16k", "8x64k", "8x128k")
+"""Measured on demand: time against length, together with 8x32k (`--only 'llama-3-8b/8x*/q1/[s2]*'`)."""
 QUERY_LENGTHS = (1, 2, 4)
 WIDTHS = (2, 3, 4)
 GROUP_SIZES = (128, 64, 32)
@@ -159,7 +162,7 @@ def compile_one(setting: Setting) -> None:
 def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]:
     """Yield all cases with what they measure, peers before the rows that are compared with them."""
     device = measurement.device
-    shapes, workloads = (("tiny",), ("2x256",)) if tiny else (SHAPES, WORKLOADS)
+    shapes, workloads = (("tiny",), ("2x256", "2x512")) if tiny else (SHAPES, (*WORKLOADS, *SWEEP))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     peers: Mapping[str, SDPBackend | None] = CPU_PEERS if device == "cpu" else {**PEERS, "flex": None}
     variants = [(f"{b}b-g{g}-{part}", b, g, part) for b, g, part in product(WIDTHS, GROUP_SIZES, PARTS)]
@@ -167,7 +170,7 @@ def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]
         heads = heads_of(shape)
         batch_size, length = parse_workload(workload)
         # Shapes with the same heads, and the largest caches, are measured on demand.
-        usual = shape != "qwen3-8b" and (workload != "32x32k" or heads.num_kv_heads <= 8)
+        usual = shape != "qwen3-8b" and workload not in SWEEP and (workload != "32x32k" or heads.num_kv_heads <= 8)
         grids = workload == workloads[0]
         short = grids and shape in (*QUICK_SHAPES, "tiny") and q_len == 1
         grouped = heads.num_heads != heads.num_kv_heads
@@ -208,7 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = command_line(__doc__, "attention")
     parser.add_argument("--compile-jobs", type=int, default=0, help="processes that compile all kernels beforehand")
+    add_plots_option(parser)
     options = parser.parse_args(arguments)
+    require_matplotlib(parser, options.plots)
     measurement = Measurement(options.device)
     settings = {case: setting for case, setting in plan(measurement, options.tiny)}
     notes = []
@@ -219,7 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measurement.ceiling = read_ceiling(options.device, 1 << 20 if options.tiny else 2 << 30)
         notes = [f"Read ceiling (`torch.sum`): {measurement.ceiling / 1e9:.0f} GB/s."]
         print(notes[0])
-    return run_cases(settings, options, notes)
+    status = run_cases(settings, options, notes)
+    draw_if_asked(options)
+    return status
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from benchmarks.configurations import (
     whole_numbers,
 )
 from benchmarks.generation import Generation, Workload
+from benchmarks.plots import add_plots_option, draw_if_asked, require_matplotlib
 from benchmarks.runner import Case, command_line, run_cases
 
 QUICK = ("ottfx", "ottfx-graphs", "dynamic-compiled")
@@ -98,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--search-length", action="store_true", help="the longest synthetic cache that fits, from --synthetic on"
     )
     parser.add_argument("--search-limit", type=int, help="the largest size that a search tries")
+    add_plots_option(parser)
     options = parser.parse_args(arguments)
+    require_matplotlib(parser, options.plots)
     if options.search_length and options.synthetic is None:
         parser.error("--search-length needs --synthetic LENGTH, the length to begin with")
     if options.tiny:
@@ -111,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model_of(options), quantization_of(options), options.profile_tokens if options.device == "cuda" else 0
         )
     )
-    return run_cases(plan(options, generation), options, model_notes(options))
+    status = run_cases(plan(options, generation), options, model_notes(options))
+    draw_if_asked(options)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory of a long decode: bytes of the cache and peak over the weights, beside the stock cache in the same run.
 
-`python -m benchmarks.memory --shape llama-2-7b --batch-size 8 --length 8192` on a GPU. The prompt is read in chunks.
+`python -m benchmarks.memory --shape llama-2-7b --length 2048,8192` on a GPU. The prompt is read in chunks.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from benchmarks.configurations import (
     model_of,
     new_cache,
     quantization_of,
+    whole_numbers,
 )
+from benchmarks.plots import add_plots_option, draw_if_asked, require_matplotlib
 from benchmarks.runner import Case, command_line, free_memory, run_cases
 from benchmarks.timing import allocated_bytes, host_seconds, peak_bytes, reset_peak
 
@@ -83,21 +86,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, "memory")
     add_model_options(parser)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=8192, help="tokens in the cache at the end")
+    parser.add_argument("--length", type=whole_numbers, default=[8192], help="tokens in the cache at the end")
     parser.add_argument("--new-tokens", type=int, default=256, help="of these, tokens decoded one by one")
     parser.add_argument("--chunk", type=int, default=8192, help="tokens of one prefill call")
+    add_plots_option(parser)
     options = parser.parse_args(arguments)
+    require_matplotlib(parser, options.plots)
     if options.tiny:
-        options.shape, options.batch_size, options.length, options.new_tokens, options.chunk = "tiny", 2, 300, 4, 128
-    length = options.length - options.new_tokens
+        options.shape, options.batch_size, options.new_tokens, options.chunk = "tiny", 2, 4, 128
+        options.length = [300, 400][: len(options.length)]
 
-    @cache
-    def world() -> tuple[PreTrainedModel, Tensor]:
-        model = model_of(options)
-        return model, torch.randint(1, model.config.vocab_size, (options.batch_size, length), device=options.device)
+    model_once = cache(lambda: model_of(options))
 
-    def run(name: str) -> dict[str, Any]:
-        model, prompt = world()
+    def run(name: str, length: int) -> dict[str, Any]:
+        model = model_once()
+        torch.manual_seed(0)  # the same tokens for each configuration
+        prompt = torch.randint(1, model.config.vocab_size, (options.batch_size, length), device=options.device)
         with configured(model, CONFIGURATIONS[name], quantization_of(options)), torch.no_grad():
             # More chunks than one compile a second graph. It must not see two equal lengths: it would keep them equal.
             warm = prompt[:, :512]
@@ -105,19 +109,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             free_memory()
             return measure(model, name, prompt, options.new_tokens, options.chunk)
 
-    labels = {
-        **model_labels(options),
-        "batch_size": options.batch_size,
-        "prompt": length,
-        "new_tokens": options.new_tokens,
-        "chunk": options.chunk,
-    }
     names = ("dynamic-eager", "ottfx")
     cases = [
-        Case(labels={**labels, "configuration": name}, measure=partial(run, name), quick=True, default=name in names)
-        for name in FORWARD_ONLY
+        Case(
+            labels={
+                **model_labels(options),
+                "batch_size": options.batch_size,
+                "prompt": length - options.new_tokens,
+                "new_tokens": options.new_tokens,
+                "chunk": options.chunk,
+                "configuration": name,
+            },
+            measure=partial(run, name, length - options.new_tokens),
+            quick=True,
+            default=name in names,
+        )
+        for length, name in product(options.length, FORWARD_ONLY)
     ]
-    return run_cases(cases, options, model_notes(options))
+    status = run_cases(cases, options, model_notes(options))
+    draw_if_asked(options)
+    return status
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def run(module, tmp_path, *arguments):
 
 
 def test_attention(tmp_path):
-    rows = run(attention, tmp_path, *only("*/q1/*"))
+    rows = run(attention, tmp_path, *only("*/2x256/q1/*"))
     assert [row["what"] for row in rows[:3]] == ["sdpa-math", "2b-g128-packed", "2b-g128-complete"]
     assert len(rows) == 1 + 3 * 3 * 2
     peer, packed, complete = rows[:3]
@@ -71,8 +72,12 @@ def test_generate(tmp_path, start):
 
 
 def test_generate_at_several_and_at_the_largest_sizes(tmp_path):
-    rows = run(generate, tmp_path, "--batch-size", "1,32", *only("*/dynamic-eager"))
+    plots = ["--plots"] if find_spec("matplotlib") else []
+    rows = run(generate, tmp_path, "--batch-size", "1,32", *plots, *only("*/dynamic-eager"))
     assert [row["batch_size"] for row in rows] == ["2", "3"]
+    assert [file.name for file in tmp_path.glob("*.svg")] == [
+        "results-tiny-2-layers-prompt-150-throughput.svg" for _ in plots
+    ]
     (row,) = run(generate, tmp_path, "--search-batch", *only("*/dynamic-eager"))
     assert (row["batch_size"], row["largest"]) == ("4", "batch_size")
     (row,) = run(generate, tmp_path, "--search-length", "--synthetic", "100", *only("*/dynamic-eager"))
