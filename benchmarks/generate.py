@@ -27,6 +27,7 @@ from benchmarks.configurations import (
 from benchmarks.generation import Generation, Workload
 from benchmarks.plots import add_plots_option, draw_if_asked, require_matplotlib
 from benchmarks.runner import Case, command_line, run_cases
+from benchmarks.timing import read_ceiling
 
 QUICK = ("ottfx", "ottfx-graphs", "dynamic-compiled")
 LONGEST_TRIED = 1 << 23
@@ -109,11 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.batch_size = [2, 3][: len(options.batch_size)]
         options.synthetic = options.synthetic and [150]
         options.search_limit = 4 if options.search_batch else 300
-    generation = cache(
-        lambda: Generation(
-            model_of(options), quantization_of(options), options.profile_tokens if options.device == "cuda" else 0
+
+    @cache
+    def generation() -> Generation:
+        return Generation(
+            model_of(options),
+            quantization_of(options),
+            profiled=options.profile_tokens if options.device == "cuda" else 0,
+            read_ceiling=read_ceiling(options.device, 1 << 20 if options.tiny else 2 << 30),
         )
-    )
+
     status = run_cases(plan(options, generation), options, model_notes(options))
     draw_if_asked(options)
     return status

@@ -56,12 +56,16 @@ class Generation:
         model: its weights are shared by all measurements.
         quantization: of packed caches.
         profiled: tokens behind the timed ones of which the kernels are timed; on CUDA only.
+        read_ceiling: bytes a second of a plain read on this device.
     """
 
-    def __init__(self, model: PreTrainedModel, quantization: Quantization, profiled: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, quantization: Quantization, *, profiled: int, read_ceiling: float
+    ) -> None:
         self.model = model
         self.quantization = quantization
         self.profiled = profiled
+        self.read_ceiling = read_ceiling
         self.device: str = model.device.type
 
     def measure(self, way: Configuration, workload: Workload) -> dict[str, Any]:
@@ -99,12 +103,21 @@ class Generation:
         row = _times(clock, workload, self.profiled)
         run_seconds = (row["first_token_s"] + row["step_ms"] * (warm_up_tokens - 1) / 1e3) if row["step_ms"] else 0.0
         row |= {**held, "compile_s": max(0.0, cold.seconds - run_seconds), "graphs_compiled": counts["graphs_compiled"]}
+        row |= {"floor_ms": self._floor_ms(held["cache_bytes"], workload), "read_GB_s": self.read_ceiling / 1e9}
         if way.cache == "packed":
             row |= {"scheme": self.quantization.config().describe()}
         if way.cache == "packed" and way.mode is not None:
             row |= {name: counts[name] for name in ("recordings", "replays", "warmups")}
             row |= {"refusals": ottfx.step_graph.counters["refusals"] - refusals}
         return row
+
+    def _floor_ms(self, cache_bytes: int | None, workload: Workload) -> float | None:
+        """Time of one read of the weights and of the cache halfway through the timed tokens, in milliseconds."""
+        if cache_bytes is None:
+            return None
+        final = workload.start + workload.new_tokens
+        halfway = cache_bytes * (workload.start + workload.new_tokens / 2) / final
+        return 1e3 * (weight_bytes(self.model) + halfway) / self.read_ceiling
 
     def measure_largest(
         self, way: Configuration, make: Callable[[int], Workload], *, start: int, most: int
@@ -200,6 +213,13 @@ class Generation:
                 **options,
             )
         return result.past_key_values
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the weights that a decode step reads: all but an embedding that is not the output's, too."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = embedding.weight.nbytes if output is None or output.weight is not embedding.weight else 0
+    return sum(parameter.nbytes for parameter in model.parameters()) - looked_up
 
 
 def _counts() -> Counter[str]:

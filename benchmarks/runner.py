@@ -89,6 +89,7 @@ def run_cases(cases: Iterable[Case], options: argparse.Namespace, notes: Iterabl
             notes.append(f"Time limit: {left} of {len(chosen)} cases were not measured, from {case.name} on.")
             print(notes[-1])
             break
+        print(f"[{number + 1} of {len(chosen)}, {seconds:.0f} s] {case.name}", flush=True)
         row = dict(case.labels)
         try:
             row |= case.measure()
@@ -97,7 +98,7 @@ def run_cases(cases: Iterable[Case], options: argparse.Namespace, notes: Iterabl
         free_memory()
         rows.append(row)
         measured = {name: value for name, value in row.items() if name not in case.labels and value is not None}
-        print(f"[{seconds:.0f} s] {case.name}: " + ", ".join(f"{k} {as_text(v)}" for k, v in measured.items()))
+        print("  " + ", ".join(f"{name} {as_text(value)}" for name, value in measured.items()), flush=True)
         write_results(options.out, rows, shared, notes)
     write_results(options.out, rows, shared, notes)
     print(f"wrote {options.out}.csv and {options.out}.md")

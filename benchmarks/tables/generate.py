@@ -39,6 +39,7 @@ def steps(rows: Sequence[Row]) -> str:
                     _workload(row),
                     row["configuration"],
                     f"fails: {row['error']}" if row.get("error") else number(row["step_ms"], "{:.2f}"),
+                    number(row.get("floor_ms"), "{:.2f}"),
                     number(row.get("device_ms"), "{:.2f}"),
                     number(row.get("idle_ms"), "{:.2f}"),
                     "" if not storing else f"{storing:.1%}",
@@ -47,8 +48,8 @@ def steps(rows: Sequence[Row]) -> str:
                     number(row.get("peak_bytes"), "{:.2f}", 1e-9),
                 ]
             )
-        columns = ["batch x start + new", "configuration", "ms a step", "device busy, ms", "device idle, ms"]
-        columns += ["storing", "tokens/s", "cache, GB", "peak over weights, GB"]
+        columns = ["batch x start + new", "configuration", "ms a step", "floor, ms", "device busy, ms"]
+        columns += ["device idle, ms", "storing", "tokens/s", "cache, GB", "peak over weights, GB"]
         parts.append(f"{model_title(group[0])}:\n\n{table(columns, cells)}")
     return "\n\n".join(parts)
 

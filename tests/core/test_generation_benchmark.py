@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks import generation as module
 from benchmarks.compiled_kernels import storing_microseconds
 from benchmarks.configurations import CONFIGURATIONS, Quantization, scheme_option
-from benchmarks.generation import WARM_UP_TOKENS, Generation, Workload
+from benchmarks.generation import WARM_UP_TOKENS, Generation, Workload, weight_bytes
 from benchmarks.search import largest_that_fits
 from benchmarks.shapes import random_model
 from benchmarks.timing import kernel_times
@@ -27,7 +27,12 @@ SHORT = Workload(batch_size=2, start=20, synthetic=False, new_tokens=6)
 
 @pytest.fixture
 def generation():
-    return Generation(random_model("tiny", device="cpu", dtype=torch.float32), Quantization(lower="eager"), 0)
+    return Generation(
+        random_model("tiny", device="cpu", dtype=torch.float32),
+        Quantization(lower="eager"),
+        profiled=0,
+        read_ceiling=1e9,
+    )
 
 
 def slow_forward(model, calls):
@@ -43,6 +48,17 @@ def test_the_time_of_forward_and_of_the_loop_around_it_are_told_apart(generation
     assert row["step_ms"] >= row["forward_ms"] and 0 < row["outside_ms"] < 50
     assert row["device_ms"] is None and row["idle_ms"] is None
     assert "prepare_inputs_for_generation" not in generation.model.__dict__
+
+
+def test_the_floor_is_one_read_of_weights_and_cache(generation):
+    row = generation.measure(EAGER, SHORT)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64
+    weights = (2 * layer + 64 + 64 * 128) * 4  # the output's matrix is read, the embedding's is not
+    assert weight_bytes(generation.model) == weights
+    # 1 GB/s is 1e6 bytes a millisecond; the cache is read at its mean length.
+    assert row["floor_ms"] == pytest.approx((weights + row["cache_bytes"] * 23 / 26) / 1e6)
+    generation.model.lm_head.weight = generation.model.model.embed_tokens.weight
+    assert weight_bytes(generation.model) == weights
 
 
 def test_the_run_that_compiles_is_not_counted_into_times(generation):

@@ -97,8 +97,8 @@ def test_conditions_of_several_days_are_all_told():
 
 STEP = {
     "card": "x", "shape": "llama-2-7b", "layers": "8", "batch_size": "96", "start": "prompt 160", "new_tokens": "338",
-    "error": "", "largest": "", "stopped_by": "", "device_ms": "", "idle_ms": "", "append_ms": "", "peak_bytes": "",
-    "tokens_per_s": "1000", "cache_bytes": "8000000000",
+    "error": "", "largest": "", "stopped_by": "", "device_ms": "", "floor_ms": "2", "idle_ms": "", "append_ms": "",
+    "peak_bytes": "", "tokens_per_s": "1000", "cache_bytes": "8000000000",
 }  # fmt: skip
 GENERATED = [
     STEP | {"configuration": "dynamic-eager", "step_ms": "40.0"},
@@ -121,7 +121,7 @@ def test_the_headline_takes_the_fastest_of_each_side_and_no_peer_of_fewer_bits()
 
 def test_steps_and_largest_sizes_are_two_tables():
     text = generate.steps(GENERATED)
-    assert "| 96 x prompt 160 + 338 | ottfx-graphs | 3.00 | 2.50 | 0.50 | 2.0% | 1,000 | 2.00 |  |" in text
+    assert "| 96 x prompt 160 + 338 | ottfx-graphs | 3.00 | 2.00 | 2.50 | 0.50 | 2.0% | 1,000 | 2.00 |  |" in text
     assert "| dynamic-compiled | fails: OutOfMemoryError: CUDA |" in text and "700" not in text
     assert len(generate.largest(GENERATED).splitlines()) == 3
     assert "| 700 x prompt 160 + 338 | batch | ottfx | 20.00 |" in generate.largest(GENERATED)
