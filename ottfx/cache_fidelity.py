@@ -40,9 +40,12 @@ class Fidelity:
     and that later layers then saw other inputs."""
     kept_exact: Tensor
     """bool [layers, kv_heads, tokens]: keys behind the packed boundary that were kept aside, as outliers or sinks."""
+    kept_attention: Tensor
+    """float32 [layers, kv_heads]: share of the dense run's attention that its last queries pay to those tokens."""
     ranges: Tensor
     """float32 [2, layers, kv_heads, channels]: range (largest minus smallest number) of the dense keys in a group of
-    tokens, mean over the packed groups; of all tokens, and of those that were not kept aside."""
+    tokens; of all tokens, and of those that were not kept aside. Mean over the packed groups in which a token was kept
+    aside; over all of them in a head without any."""
     key_norms: Tensor
     """float16 [layers, kv_heads, tokens]: L1 norms of the dense keys over the median of their head."""
 
@@ -73,6 +76,7 @@ def measure_fidelity(dense: Sequence[AskedLayer], stored: Any, decoded: Any, tok
         stored=_stack([_layer_sqnr(asked, layer) for asked, layer, _ in layers]).movedim(1, 0),
         decoded=_stack([_layer_sqnr(asked, layer) for asked, _, layer in layers]).movedim(1, 0),
         kept_exact=_stack([_at_the_end(k.float(), tokens) for k in kept]) == 1,
+        kept_attention=_stack([_attention_paid(asked, k) for (asked, _, _), k in zip(layers, kept, strict=True)]),
         ranges=_stack(
             [_ranges(asked.key, k, layer.keys) for (asked, layer, _), k in zip(layers, kept, strict=True)]
         ).movedim(1, 0),
@@ -100,12 +104,22 @@ def attention_output(asked: AskedLayer, key: Tensor, value: Tensor) -> Tensor:
         key: [num_kv_heads, held, head_dim], in place of its own.
         value: the shape of `key`.
     """
+    return attention_weights(asked, key) @ value.float().unsqueeze(1)
+
+
+def attention_weights(asked: AskedLayer, key: Tensor) -> Tensor:
+    """Return what the queries of a layer pay: float32 [num_kv_heads, query heads of each, queries, held].
+
+    Args:
+        asked: the layer, with queries and mask.
+        key: [num_kv_heads, held, head_dim], in place of its own.
+    """
     kv_heads = key.shape[0]
     query = asked.query.float().unflatten(0, (kv_heads, -1))
     bias = asked.bias.expand(asked.query.shape[0], -1, -1).unflatten(0, (kv_heads, -1))
     scores = query @ key.float().unsqueeze(1).transpose(-1, -2) * asked.softmax_scale + bias
     # A query of a sliding layer may be older than everything that the layer still holds: it reads 0.
-    return scores.softmax(-1).nan_to_num(0.0) @ value.float().unsqueeze(1)
+    return scores.softmax(-1).nan_to_num(0.0)
 
 
 def _layer_sqnr(asked: AskedLayer, layer: Any) -> Tensor:
@@ -133,6 +147,11 @@ def _kept_exact(key: Tensor, cached: Tensor) -> Tensor:
     return kept
 
 
+def _attention_paid(asked: AskedLayer, kept: Tensor) -> Tensor:
+    weights = attention_weights(asked, asked.key).mean((1, 2)).cpu()
+    return torch.where(kept, weights, 0.0).sum(-1)
+
+
 def _ranges(key: Tensor, kept: Tensor, cached: Tensor) -> Tensor:
     packed = _packed(cached)
     if not packed:
@@ -143,7 +162,9 @@ def _ranges(key: Tensor, kept: Tensor, cached: Tensor) -> Tensor:
     aside = kept[:, :whole].unflatten(1, (-1, size)).unsqueeze(-1)
     everything = groups.amax(2) - groups.amin(2)
     rest = groups.masked_fill(aside, -torch.inf).amax(2) - groups.masked_fill(aside, torch.inf).amin(2)
-    return torch.stack([everything.mean(1), rest.mean(1)])
+    some = aside.any(2)
+    counts = (some | ~some.any(1, keepdim=True)).float()
+    return torch.stack([(found * counts).sum(1) / counts.sum(1) for found in (everything, rest)])
 
 
 def _relative_norms(key: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,8 +35,10 @@ def eval_command(
     tasks: Annotated[str, typer.Option(help="Comma-separated: lines, copy, passkey-512, passkey-1024, or all.")] = "",
     samples: Annotated[int, typer.Option(help="Samples of each task.")] = 16,
     sqnr: Annotated[bool, typer.Option("--sqnr", help="Also SQNR by layer and head: K, V, attention output.")] = False,
+    plots: Annotated[bool, typer.Option("--plots", help="PNG files beside the results; turns on --sqnr.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16. Default: float32 on cpu.")] = "",
+    lower: Annotated[str, typer.Option(help="inductor, or eager: slower steps, but nothing to compile.")] = "inductor",
     out: Annotated[str, typer.Option(help="A .json, .csv or .md file; without suffix all three.")] = "results/quality",
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace the results in that file, do not continue.")] = False,
 ) -> None:
@@ -53,23 +56,43 @@ def eval_command(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     with errors_in_red():
+        if plots:
+            from ottfx.plots import check_plots, draw_plots
+
+            check_plots()
         variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","))
+        if lower != "inductor":
+            variants = [replace(variant, options={**variant.options, "lower": lower}) for variant in variants]
         results = run_evaluation(
-            variants, model, device, dtype, text, tokens, start, out, task_names(tasks), samples, sqnr=sqnr, fresh=fresh
+            variants,
+            model,
+            device,
+            dtype,
+            text,
+            tokens,
+            start,
+            out,
+            task_names(tasks),
+            samples,
+            sqnr=sqnr or plots,
+            fresh=fresh,
         )
         typer.echo(markdown_table(results))
         if study:
             typer.echo(study_table(results))
-        for file in write_results(results, out):
+        for file in [*write_results(results, out), *(draw_plots(results, out) if plots else [])]:
             typer.echo(f"wrote {file}")
 
 
 def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> list[Variant]:
-    """Return a variant for each scheme name and width, with the scheme's own defaults; `none` once, it has no width.
+    """Return a variant for each scheme and width, with the scheme's own defaults; one for a scheme without widths.
 
     Raises:
-        ConfigError: no name is left, or a width is no whole number.
+        ConfigError: no name is left, a name is not registered, or a width is no whole number.
     """
+    import dataclasses
+
+    from ottfx.registry import get_scheme
     from ottfx.results import Variant
 
     names = list(dict.fromkeys(name.strip() for name in schemes if name.strip()))
@@ -80,10 +103,11 @@ def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> li
         raise ConfigError(f"ottfx eval: --bits must be whole numbers, such as 2,3,4. Got {','.join(bits)!r}.")
     variants = []
     for name in names:
-        for width in widths[:1] if name == "none" else widths:
-            options = {"scheme": name} if name == "none" else {"scheme": name, "bits": int(width)}
-            label = name if name == "none" else f"{name} {width}-bit"
-            variants.append(Variant(label=label, options=options))
+        if any(field.name == "bits" for field in dataclasses.fields(get_scheme(name).config_class)):
+            for width in widths:
+                variants.append(Variant(label=f"{name} {width}-bit", options={"scheme": name, "bits": int(width)}))
+        else:
+            variants.append(Variant(label=name, options={"scheme": name}))
     return variants
 
 

@@ -11,7 +11,7 @@ from tiny_models import random_tokens, tiny_model
 from transformers import DynamicCache
 
 import ottfx
-from ottfx.cache_fidelity import PARTS, Fidelity, attention_output, measure_fidelity, sqnr_db
+from ottfx.cache_fidelity import PARTS, Fidelity, attention_output, attention_weights, measure_fidelity, sqnr_db
 from ottfx.dense_run import QUERIES, run_dense
 from ottfx.earlier_results import read_results
 from ottfx.errors import MatchError
@@ -99,6 +99,15 @@ def test_kept_tokens_are_those_of_the_pool(fidelity):
     assert not fidelity.kept_exact[1].any()
 
 
+def test_attention_paid_to_kept_tokens_is_that_of_the_dense_run(fidelity):
+    dense = run_dense(tiny_model("llama"), random_tokens(1, TOKENS))[0]
+    weights = attention_weights(dense, dense.key)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    expected = (weights * fidelity.kept_exact[0, :, None, None]).sum(-1).mean((1, 2))
+    torch.testing.assert_close(fidelity.kept_attention[0], expected)
+    assert (expected > 0).all() and fidelity.kept_attention[1].tolist() == [0, 0]
+
+
 def test_ranges_narrow_where_tokens_are_kept_aside(fidelity):
     everything, rest = fidelity.ranges
     assert (rest[0] <= everything[0]).all() and (rest[0] < everything[0]).any()
@@ -139,7 +148,9 @@ def test_files_keep_the_fidelity(fidelity, tmp_path):
 def test_a_lossless_cache_is_exact():
     exact = torch.full((3, 2, 2), torch.inf)
     nothing = torch.zeros(0)
-    lossless = Fidelity(stored=exact, decoded=exact, kept_exact=nothing, ranges=nothing, key_norms=nothing)
+    lossless = Fidelity(
+        stored=exact, decoded=exact, kept_exact=nothing, kept_attention=nothing, ranges=nothing, key_norms=nothing
+    )
     result = dataclasses.replace(result_of("none", [0.0]), fidelity=lossless)
     assert "exact / exact / exact" in markdown_table([result])
     (row,) = json.loads(json_text([result]), parse_constant=pytest.fail)

@@ -77,6 +77,8 @@ def test_default_variants_of_the_command():
     variants = default_variants(["none", "ott", "kivi"], ["2", " 3"])
     assert [v.label for v in variants] == ["none", "ott 2-bit", "ott 3-bit", "kivi 2-bit", "kivi 3-bit"]
     assert variants[2].options == {"scheme": "ott", "bits": 3}
+    with pytest.raises(ConfigError, match="scheme must be one of .* Got 'unheard'"):
+        default_variants(["unheard"])
     with pytest.raises(ConfigError, match="at least one scheme"):
         default_variants([" "])
     for widths in ([], ["two"], ["2", "-3"]):
@@ -98,10 +100,10 @@ def test_command_writes_what_it_measured(dense_compile, monkeypatch, tmp_path):
     app = typer.Typer()
     app.command("other")(lambda: None)
     register(app)
-    arguments = "eval --schemes ott --tokens 40 --start 32 --device cpu --out".split()
+    arguments = "eval --schemes ott --tokens 40 --start 32 --device cpu --lower eager --out".split()
     done = CliRunner().invoke(app, [*arguments, str(tmp_path / "q.json")])
     assert done.exit_code == 0, done.output
-    assert dense_compile == [{"scheme": "ott", "bits": 2}]
+    assert dense_compile == [{"scheme": "ott", "bits": 2, "lower": "eager"}]
     (row,) = json.loads((tmp_path / "q.json").read_text())
     assert row["label"] == "ott 2-bit" and row["conditions"]["model"] == "SmolLM2-135M-Instruct"
     assert "mean KL" in done.output
