@@ -16,6 +16,9 @@ from ottfx.schemes.base import ROLES, CacheShape, Role, Scheme, SchemeConfig
 from ottfx.size_reader import Reader
 from ottfx.step_graph import StepGraph
 
+LENGTHS_WIDTH = 4
+"""Numbers of a row of the lengths: three, and one that nothing reads. Kernels want rows that start at 16 bytes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteCall:
@@ -116,7 +119,7 @@ class CacheCall:
         return tuple(outputs)
 
     def _lengths(self, caches: list[_Cache]) -> Tensor:
-        rows = [(c.past, c.halves[0].packed, c.halves[1].packed) for c in caches]
+        rows = [(c.past, c.halves[0].packed, c.halves[1].packed, 0) for c in caches]
         lengths, device = torch.tensor(rows, dtype=torch.int64), self._sites[0].device
         # A recorded step copies it into a buffer of its own.
         return near(lengths, device) if isinstance(self._inner, StepGraph) else queue_to(lengths, device)

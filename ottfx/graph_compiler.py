@@ -14,14 +14,17 @@ from torch.fx import Graph, GraphModule, Node
 
 from ottfx.attention_site import AttentionSite, Binding, Refusal
 from ottfx.bind_site import bind_site
-from ottfx.cache_call import CacheCall, SiteCall, StateInput
+from ottfx.cache_call import LENGTHS_WIDTH, CacheCall, SiteCall, StateInput
 from ottfx.errors import CacheError
 from ottfx.inductor_options import REWRITTEN_GRAPH, workarounds
+from ottfx.kernel_writes import kernel_writes_remembered
 from ottfx.kv_tensor import KVTensor
-from ottfx.ops import outlined
+from ottfx.ops import outlined, token_validity
 from ottfx.passes.graph_utils import graph_outputs
+from ottfx.passes.share_validity import share_validity
 from ottfx.pipeline import RewriteResult, rewrite_graph
 from ottfx.record_step import recorded_step
+from ottfx.schemes.affine import AffineScheme
 from ottfx.schemes.base import Role, TensorSpec
 from ottfx.settings import Settings
 from ottfx.size_reader import SizeReader
@@ -95,7 +98,8 @@ def _lower(
     from torch._inductor.compile_fx import compile_fx
 
     options = inductor_options | workarounds(example_inputs) | settings.inductor_options
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options or None)
+    with kernel_writes_remembered():
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=options or None)
     return compiled
 
 
@@ -154,12 +158,16 @@ class _DynamoDoor:
         return self._add(f"{name}_{row}", StateInput(kind="state", row=row, role=role, name=name), example)
 
     def lengths(self) -> Node:
-        """The input with (past_length, key_packed, value_packed) of every site."""
+        """What an input holds: (past_length, key_packed, value_packed) of every site."""
         if self._lengths_node is None:
             with self._fake_mode or nullcontext():
                 # One row for each site; sites are bound before any of them is rewritten.
-                example = torch.empty((len(self._rows), 3), dtype=torch.int64, device=self._device)
-            self._lengths_node = self._add("cache_lengths", StateInput(kind="lengths"), example)
+                example = torch.empty((len(self._rows), LENGTHS_WIDTH), dtype=torch.int64, device=self._device)
+                lengths = example.narrow(1, 0, 3)
+            stored = self._add("cache_lengths", StateInput(kind="lengths"), example)
+            with self.gm.graph.inserting_after(stored):
+                self._lengths_node = self.gm.graph.call_function(torch.narrow, (stored, 1, 0, 3))
+            self._lengths_node.meta["example_value"] = lengths
         return self._lengths_node
 
     def past_length(self, site: AttentionSite) -> Node | int:
@@ -181,6 +189,8 @@ class _DynamoDoor:
         index = {node: i for i, node in enumerate(self._placeholders)}
         added = [(node, source) for node, source, _ in self._added]
         step = recorded_step(result, added, self._settings)
+        affine = [binding for binding in result.bindings if isinstance(binding.scheme, AffineScheme)]
+        share_validity(self.gm, affine, token_validity)
         kept = [node for node in self._placeholders if node.users]
         for node in self._placeholders:
             if not node.users:

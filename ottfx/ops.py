@@ -80,12 +80,17 @@ def _host_decides() -> Iterator[None]:
 def affine_append(
     key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, **state_and_constants: Any
 ) -> None:
-    """Store new tokens in affine storage; named operands as in `affine_cache.append`."""
-    valid = affine_cache.token_validity(mask, lengths, site, key.shape[2], key.shape[0])
+    """Store new tokens in affine storage; named operands as in `affine_cache.append`.
+
+    `mask` is that of the attention, 4-D, or what `token_validity` makes of it.
+    """
+    valid = mask
+    if mask is None or mask.dim() == 4:
+        valid = affine_cache.token_validity(mask, lengths, site, key.shape[2], key.shape[0])
     if key.is_cuda:
         from ottfx.kernels.affine_append import append as launch
 
-        launch(key, value, valid, lengths, site, **state_and_constants)
+        launch(key, value, valid, _row(lengths, site), 0, **state_and_constants)
     elif _host_may_decide() and not affine_schedule.anything_due(lengths, site, key.shape[2], state_and_constants):
         affine_cache.append_to_ring(key, value, valid, lengths, site, state_and_constants)
     else:
@@ -107,5 +112,20 @@ def affine_attend(
     if key.is_cuda:
         from ottfx.kernels.affine_attend import attend as launch
 
-        return launch(query, key, value, mask, lengths, site, softmax_scale, **state_and_constants)
+        return launch(query, key, value, mask, _row(lengths, site), 0, softmax_scale, **state_and_constants)
     return affine_read.attend(query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants)
+
+
+def _token_validity(mask: Tensor, lengths: Tensor, site: int, key: Tensor) -> Tensor:
+    valid = affine_cache.token_validity(mask, lengths, site, key.shape[2], key.shape[0])
+    assert valid is not None
+    return valid.contiguous()
+
+
+token_validity = bind("token_validity", _token_validity)
+"""Operator (4-D mask, lengths, site, new keys) -> bool [batch, q_len]: which of the new tokens are real."""
+
+
+def _row(lengths: Tensor, site: int) -> Tensor:
+    """The lengths of one site, `[1, 3]`: with a row number each layer would be a kernel of its own to Inductor."""
+    return lengths.narrow(0, site, 1)

@@ -16,8 +16,11 @@ triton = pytest.importorskip("triton")
 from torch._dynamo.source import ConstantSource  # noqa: E402
 from torch._higher_order_ops import triton_kernel_wrap  # noqa: E402
 
+from ottfx.cache_call import LENGTHS_WIDTH  # noqa: E402
+from ottfx.kernel_writes import kernel_writes_remembered  # noqa: E402
 from ottfx.kernels.affine_append import append  # noqa: E402
 from ottfx.kernels.affine_attend import attend  # noqa: E402
+from ottfx.ops import affine_append, affine_attend  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted in this process"),
@@ -92,6 +95,25 @@ class Trace:
 
         return call
 
+    def layers(self):
+        """Both ops for the first and the second row of the lengths, as one graph."""
+
+        def call(query, key, value, mask, valid, lengths, state):
+            lengths = lengths.narrow(1, 0, 3)
+            read = {name: tensor for name, tensor in state.items() if name not in NOT_READ}
+            for site in range(2):
+                affine_attend(query, key, value, mask, lengths, site, 7, 0.1, **read, key_bits=2, value_bits=2)
+                affine_append(key, value, valid, lengths, site, **state, **self.options, key_bits=2, value_bits=2)
+
+        with self.mode:
+            heads = [self.empty(count, self.q_len, HEAD_DIM) for count in (HEADS, KV_HEADS, KV_HEADS)]
+            mask = self.empty(1, 1, 1000, dtype=torch.bool)
+            valid = self.empty(self.q_len, dtype=torch.bool)
+            lengths = torch.empty(2, LENGTHS_WIDTH, dtype=torch.int64, device="cuda")
+            self.graph = make_fx(call, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *heads, mask, valid, lengths, self.state()
+            )
+
     def launches(self):
         return [
             node for node in self.graph.graph.nodes if node.target is triton_kernel_wrap.triton_kernel_wrapper_mutation
@@ -150,3 +172,38 @@ def test_kernels_mutate_what_the_operators_declare():
     encoded = {"codes", "scale", "zero_point", "hard"}
     assert names[:4] == [{"partial", "log_sum"}, {"output"}, {*encoded, "score"}, encoded]
     assert names[4:] == [{*POOL, "spill_count", "replaced", "hard"}, stored, stored]
+
+
+def test_layers_differ_in_addresses_alone():
+    trace = Trace(OTT, 1)
+    trace.layers()
+    constants = [
+        triton_kernel_wrap.kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+        for node in trace.launches()
+    ]
+    per_layer = len(constants) // 2
+    assert per_layer == 4 and constants[:per_layer] == constants[per_layer:]
+    # Rows of four numbers begin where wide loads may.
+    addresses = [
+        node.kwargs["kwargs"]["lengths_ptr"].meta["val"]
+        for node in trace.launches()
+        if "lengths_ptr" in node.kwargs["kwargs"]
+    ]
+    assert {address.storage_offset() * address.itemsize % 16 for address in addresses} == {0}
+
+
+def test_each_kernel_is_analyzed_once():
+    trace = Trace(OTT, 1)
+    trace.layers()
+    launches = trace.launches()
+    expected = [trace.mutated(node) for node in launches]
+    generate = triton_kernel_wrap.generate_ttir
+    with mock.patch.object(triton_kernel_wrap, "generate_ttir", side_effect=generate) as generating:
+        with kernel_writes_remembered():
+            assert [trace.mutated(node) for node in launches] == expected
+            count = generating.call_count
+            assert count <= len(launches) // 2
+            assert [trace.mutated(node) for node in launches] == expected
+            assert generating.call_count == count
+        trace.mutated(launches[0])
+        assert generating.call_count == count + 1, "outside nothing is remembered"
