@@ -163,18 +163,18 @@ def run_evaluation(
 
     Raises:
         ArtifactError: `out` holds something else.
-        ConfigError: `out` holds results of other conditions; or as `load_model`, `ottfx.retrieval.make_samples` and
-            `ottfx.evaluate.evaluate`.
+        ConfigError: `out` holds results of other conditions, or has an unknown suffix; or as `load_model`,
+            `ottfx.retrieval.make_samples` and `ottfx.evaluate.evaluate`.
     """
     from rich import progress as bars
 
     from ottfx.earlier_results import read_results
     from ottfx.evaluate import default_text, evaluate
     from ottfx.models import TITLES
-    from ottfx.results import write_results
+    from ottfx.results import checked_path, write_results
     from ottfx.retrieval import make_samples
 
-    continued = not fresh and Path(out).suffix in ("", ".json")
+    continued = checked_path(out).suffix in ("", ".json") and not fresh
     record = {result.label: result for result in (read_results(out) if continued else [])}
     language_model, tokenizer = load_model(model, dtype)
     language_model = language_model.to(device)

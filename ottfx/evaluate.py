@@ -208,7 +208,7 @@ def _measure(
 
 def _token_ids(tokenizer_or_ids: Any, text: str, num_tokens: int) -> Tensor:
     if isinstance(tokenizer_or_ids, (Tensor, Sequence)):
-        ids = torch.as_tensor(tokenizer_or_ids, dtype=torch.int64).reshape(1, -1)
+        ids = torch.as_tensor(tokenizer_or_ids, dtype=torch.int64).reshape(1, -1).cpu()
     else:
         ids = tokenizer_or_ids(text, return_tensors="pt").input_ids
     if ids.shape[1] < num_tokens:

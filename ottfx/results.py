@@ -188,6 +188,16 @@ def json_text(results: Sequence[Result]) -> str:
     return json.dumps(rows, indent=2, allow_nan=False) + "\n"
 
 
+def checked_path(path: str | Path) -> Path:
+    """Return where results may go, or raise ConfigError: an unknown suffix is better found before the measuring."""
+    path = Path(path)
+    if path.suffix and path.suffix not in FORMATS:
+        raise ConfigError(
+            f"ottfx.write_results: the file must end in one of {list(FORMATS)}, or have no suffix. Got {str(path)!r}."
+        )
+    return path
+
+
 def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
     """Write the results to one file, or to three. Each takes its name only when it is complete.
 
@@ -202,11 +212,7 @@ def write_results(results: Sequence[Result], path: str | Path) -> list[Path]:
     Raises:
         ConfigError: another suffix.
     """
-    path = Path(path)
-    if path.suffix and path.suffix not in FORMATS:
-        raise ConfigError(
-            f"ottfx.write_results: the file must end in one of {list(FORMATS)}, or have no suffix. Got {str(path)!r}."
-        )
+    path = checked_path(path)
     writers = {".json": json_text, ".csv": csv_table, ".md": _markdown_page}
     path.parent.mkdir(parents=True, exist_ok=True)
     written = []

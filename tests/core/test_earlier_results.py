@@ -120,4 +120,6 @@ def test_command_continues_its_file_or_starts_anew(dense_compile, monkeypatch, t
     done, *rest = run("--schemes", "none", "--start", "40")
     assert done.exit_code == 1 and "start: 32 then, 40 now" in done.output
     assert rest == [[], ["ott 2-bit", "kivi 2-bit"]]
+    done, *rest = run("--schemes", "none", "--out", str(tmp_path / "q.xlsx"))
+    assert done.exit_code == 1 and "must end in one of" in done.output and rest[0] == []
     assert run("--schemes", "none", "--start", "40", "--fresh")[1:] == (["none"], ["none"])
