@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Told apart by the colour-blind, too (Okabe and Ito); repeated with other markers."""
+"""Told apart by the colour-blind, too (Okabe and Ito); repeated with other markers and dashes."""
 MARKERS = ("o", "s", "^", "D", "v")
+DASHES = ("-", "--", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 KEPT_COLOR = "#D7191C"
 COLUMNS = 256
 """Columns of the heat map at most: a longer text has the smallest norm of several neighbours in one."""
@@ -72,11 +73,11 @@ def pareto(results: Sequence[Result]) -> Figure | None:
     styles = _styles(results)
     for r in lossy:
         below, above = (max(0.0, sign * (bound - r.mean_kl)) for sign, bound in ((-1, r.kl_low), (1, r.kl_high)))
-        color, marker = styles[r.label]
+        color, marker, _ = styles[r.label]
         ax.errorbar(
             r.bits_8k, r.mean_kl, [[min(below, 0.99 * r.mean_kl)], [above]], fmt=marker, color=color, ms=8, capsize=3
         )
-        ax.annotate(r.label, (r.bits_8k, r.mean_kl), (8, 6), textcoords="offset points", color=color)
+        ax.annotate(r.label, (r.bits_8k, r.mean_kl), (8, 6), textcoords="offset points", color=color, fontsize=9)
     best = [r for r in lossy if not any(o.bits_8k <= r.bits_8k and o.mean_kl < r.mean_kl for o in lossy)]
     best.sort(key=lambda r: r.bits_8k)
     ax.plot([r.bits_8k for r in best], [r.mean_kl for r in best], color="0.6", lw=1, ls="--", zorder=0)
@@ -195,7 +196,7 @@ def sqnr_by_layer(results: Sequence[Result]) -> Figure | None:
     for ax, part in zip(axes, PARTS, strict=True):
         for r in shown:
             assert r.fidelity is not None
-            for decoded, look in ((False, "-"), (True, ":")):
+            for decoded, look in ((False, styles[r.label][2]), (True, ":")):
                 means = torch.tensor(r.fidelity.layer_means(part, decoded=decoded))
                 where = means.isfinite().nonzero()[:, 0]
                 label = r.label if not decoded else None
@@ -217,16 +218,22 @@ def kl_by_position(results: Sequence[Result]) -> Figure | None:
     figure, (ax,) = _figure(9, 5)
     styles = _styles(results)
     width = max(1, len(lossy[0].metrics) // 16)
-    for r in lossy:
+    for r in sorted(lossy, key=lambda r: -r.mean_kl):  # the legend's order is that of the lines
         smooth = r.metrics.kl.double().clamp(min=0).unfold(0, width, 1).mean(-1)
         position = r.conditions.start + torch.arange(len(smooth)) + width / 2
         visible = smooth > ROUNDING
-        ax.plot(position[visible].numpy(), smooth[visible].numpy(), color=styles[r.label][0], label=r.label)
+        ax.plot(
+            position[visible].numpy(),
+            smooth[visible].numpy(),
+            styles[r.label][2],
+            color=styles[r.label][0],
+            label=r.label,
+        )
     ax.set_yscale("log")
     ax.set_xlabel(f"position in the text (mean of {width} neighbours)")
     ax.set_ylabel("KL from full precision, nat")
     ax.grid(True, which="both", alpha=0.25)
-    ax.legend()
+    figure.legend(loc="outside right upper")
     return _titled(figure, "Error over a long decode: a level line does not pile up", lossy)
 
 
@@ -265,8 +272,13 @@ def _dots_by_layer(ax: Axes, values: Tensor, color: str, label: str) -> None:
     ax.plot(x.flatten().numpy(), values.flatten().numpy(), "o", color=color, ms=4.5, alpha=0.85, label=label)
 
 
-def _styles(results: Sequence[Result]) -> dict[str, tuple[str, str]]:
-    return {r.label: (COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]) for i, r in enumerate(results)}
+def _styles(results: Sequence[Result]) -> dict[str, tuple[str, str, Any]]:
+    """Label -> colour, marker, dashes."""
+    styles: dict[str, tuple[str, str, Any]] = {}
+    for i, r in enumerate(results):
+        again = i // len(COLORS) % len(MARKERS)
+        styles[r.label] = (COLORS[i % len(COLORS)], MARKERS[again], DASHES[again])
+    return styles
 
 
 def _with_kept_tokens(results: Sequence[Result]) -> Result | None:
