@@ -83,7 +83,9 @@ class CacheCall:
         self._inner = inner
         self._sites = tuple(sites)
         self._kept = tuple(kept_arguments)
-        self._added = tuple(added_inputs)
+        placed = list(enumerate(added_inputs, len(self._kept)))
+        self._state = [(i, x.row, ROLES.index(x.role), x.name) for i, x in placed if x.kind == "state"]
+        self._others = [(i, x) for i, x in placed if x.kind != "state"]
         self._kept_outputs = [i for i in range(num_outputs) if i not in cache_outputs]
         self._num_outputs = num_outputs
         self._cache_outputs = [(i, row, ROLES.index(role)) for i, (row, role) in cache_outputs.items()]
@@ -93,19 +95,23 @@ class CacheCall:
         caches = [_open(site, args) for site in self._sites]
         make_room([(half, cache.past + cache.q_len) for cache in caches for half in cache.halves])
         lengths = self._lengths(caches)
-        arguments = [args[i] for i in self._kept]
-        for added in self._added:
-            if added.kind == "state":
-                arguments.append(caches[added.row].halves[added.role == "value"].tensors[added.name])
-            elif added.kind == "lengths":
-                arguments.append(lengths)
+        arguments = [args[i] for i in self._kept] + [None] * (len(self._state) + len(self._others))
+        for i, added in self._others:
+            if added.kind == "lengths":
+                arguments[i] = lengths
             elif added.kind == "pages":
-                arguments.append(caches[0].halves[0].shape.pages)
+                arguments[i] = caches[0].halves[0].shape.pages
             else:
-                arguments.append(caches[added.row].past)
+                arguments[i] = caches[added.row].past
+
+        def state() -> list[Tensor]:
+            return [caches[row].halves[half].tensors[name] for _, row, half, name in self._state]
+
         if isinstance(self._inner, StepGraph):
-            results = self._inner(arguments, [half.storage for cache in caches for half in cache.halves])
+            results = self._inner(arguments, [half.storage for cache in caches for half in cache.halves], state)
         else:
+            for (i, *_), tensor in zip(self._state, state(), strict=True):
+                arguments[i] = tensor
             results = self._inner(*arguments)
         for cache in caches:
             for half in cache.halves:

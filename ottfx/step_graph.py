@@ -153,12 +153,16 @@ class StepGraph:
         self._last: _Step | None = None
         self._is_recordable = True
 
-    def __call__(self, arguments: list[Any], storages: list[object]) -> list[Any]:
+    def __call__(
+        self, arguments: list[Any], storages: list[object], state: Callable[[], Sequence[Tensor]]
+    ) -> list[Any]:
         """Run one step.
 
         Args:
-            arguments: of the graph. Copied tensors may be on the host, in pinned memory.
-            storages: objects that are others whenever state tensors among the arguments are others.
+            arguments: of the graph, with anything in place of the state. Copied tensors may be on the host, in pinned
+                memory.
+            storages: objects that are others whenever state tensors are others.
+            state: gives the state tensors in order. They are many, and a step that is replayed needs none of them.
 
         Returns:
             The results of the graph, the caller's own.
@@ -170,11 +174,13 @@ class StepGraph:
         weights = [arguments[i].data_ptr() for i in self._weights]
         step = self._last
         if step is None or step.numbers != numbers or step.weights != weights or step.storages != storages:
+            self._put(state(), arguments)
             step = self._last = self._find(arguments, numbers, weights)
             step.storages = storages
         for i, buffer in step.buffers:
             _copy(arguments[i], buffer, self._widened[i])
         if step.recorder is None:
+            self._put(state(), arguments)
             for i, buffer in step.buffers:
                 arguments[i] = buffer
             if not step.is_warm or not self._is_recordable or not self._record(step, arguments):
@@ -184,6 +190,10 @@ class StepGraph:
         assert step.recorder is not None
         counters["replays"] += 1
         return _own(step.recorder.replay())
+
+    def _put(self, state: Sequence[Tensor], arguments: list[Any]) -> None:
+        for i, tensor in zip(self._state, state, strict=True):
+            arguments[i] = tensor
 
     def _find(self, arguments: list[Any], numbers: list[int], weights: list[int]) -> _Step:
         """The step that was recorded for these addresses, or a new one."""

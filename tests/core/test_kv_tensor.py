@@ -149,7 +149,7 @@ def append(key: KVTensor, value: KVTensor, new: Tensor) -> tuple[KVTensor, KVTen
     )  # fmt: skip
 
     def inner(lengths, *state):
-        half.scheme.append_op(new, new, None, lengths, 0, *state, *half.scheme.constants(half.config))
+        half.scheme.append_op(new, new, None, lengths[:, :3], 0, *state, *half.scheme.constants(half.config))
         return ()
 
     call = CacheCall(inner, [site], [], [StateInput(kind="lengths"), *names], 2, {0: (0, "key"), 1: (0, "value")})

@@ -38,8 +38,8 @@ class Decoder:
         return state, mask.sum(1)
 
     def __call__(self, state, storage, x, length, pages=2):
-        arguments = [self.weight, state, x, torch.ones(1, length), pages, length - 1]
-        return self.step_graph(arguments, [storage])
+        arguments = [self.weight, None, x, torch.ones(1, length), pages, length - 1]
+        return self.step_graph(arguments, [storage], lambda: [state])
 
 
 def test_one_recording_serves_all_lengths():
