@@ -27,6 +27,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v")
 DASHES = ("-", "--", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 KEPT_COLOR = "#D7191C"
+ROUNDING_DB = 80.0
+"""SQNR from which on the difference is that of the order of float32 sums, not of a scheme; not drawn."""
 COLUMNS = 256
 """Columns of the heat map at most: a longer text has the smallest norm of several neighbours in one."""
 
@@ -198,11 +200,14 @@ def sqnr_by_layer(results: Sequence[Result]) -> Figure | None:
             assert r.fidelity is not None
             for decoded, look in ((False, styles[r.label][2]), (True, ":")):
                 means = torch.tensor(r.fidelity.layer_means(part, decoded=decoded))
-                where = means.isfinite().nonzero()[:, 0]
+                where = (means < ROUNDING_DB).nonzero()[:, 0]
                 label = r.label if not decoded else None
-                ax.plot(where.numpy(), means[where].numpy(), look, color=styles[r.label][0], lw=1.8, label=label)
+                ax.plot(
+                    where.numpy(), means[where].numpy(), look, marker=".", color=styles[r.label][0], lw=1.8, label=label
+                )
         ax.set_title({"key": "Keys", "value": "Values", "output": "Attention output"}[part], fontsize=11)
         ax.set_xlabel("layer")
+        ax.locator_params(axis="x", integer=True)
         ax.grid(True, alpha=0.25)
     axes[0].set_ylabel("SQNR, dB (10 dB: a tenth of the power is noise)")
     axes[0].plot([], [], ":", color="0.3", label="dotted: after decoding")
