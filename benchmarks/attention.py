@@ -23,7 +23,8 @@ from benchmarks.plots import add_plots_option, draw_if_asked, require_matplotlib
 from benchmarks.runner import Case, command_line, run_cases, select
 from benchmarks.shapes import Heads, heads_of, parse_workload
 from benchmarks.timing import device_microseconds, read_ceiling
-from ottfx.schemes.ott import OTT, OTTConfig
+from ottfx.schemes.ott import OTTConfig
+from ottfx.schemes.ott_plus import OTTPlusConfig
 
 SHAPES = ("llama-2-7b", "llama-3-8b", "qwen3-8b", "qwen3-32b", "gemma-3-4b", "llama-3.2-1b")
 WORKLOADS = ("8x32k", "1x128k", "64x4k", "256x1k", "32x32k")
@@ -32,7 +33,8 @@ SWEEP = ("8x1k", "8x2k", "8x4k", "8x8k", "8x16k", "8x64k", "8x128k")
 QUERY_LENGTHS = (1, 2, 4)
 WIDTHS = (2, 3, 4)
 GROUP_SIZES = (128, 64, 32)
-PARTS = ("packed", "complete")
+PARTS = ("packed", "complete", "plus")
+"""`packed`: codes only. `complete`: the window and the outlier pool as well. `plus`: complete, stored by `ott+`."""
 PEERS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -59,9 +61,10 @@ class Setting:
     device: str
 
     def config(self) -> OTTConfig:
-        """`packed`: codes only. `complete`: the window and the outlier pool as well."""
-        complete = self.part == "complete"
-        return OTTConfig(
+        """How the cache is stored."""
+        complete = self.part != "packed"
+        kind = OTTPlusConfig if self.part == "plus" else OTTConfig
+        return kind(
             bits=self.bits,
             group_size=self.group_size,
             value_group_size=self.heads.head_dim,
@@ -151,7 +154,7 @@ def attend_call(setting: Setting) -> tuple[Any, Any]:
     query, key, value = dense_inputs(setting, setting.q_len)
     past, scale = halves[0].high, setting.heads.head_dim**-0.5
     where, last = lengths(halves), operands(halves)
-    return halves, lambda: OTT.attend_op(query, key, value, None, where, 0, past, scale, *last)
+    return halves, lambda: halves[0].scheme.attend_op(query, key, value, None, where, 0, past, scale, *last)
 
 
 def compile_one(setting: Setting) -> None:
@@ -165,7 +168,11 @@ def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]
     shapes, workloads = (("tiny",), ("2x256", "2x512")) if tiny else (SHAPES, (*WORKLOADS, *SWEEP))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     peers: Mapping[str, SDPBackend | None] = CPU_PEERS if device == "cpu" else {**PEERS, "flex": None}
-    variants = [(f"{b}b-g{g}-{part}", b, g, part) for b, g, part in product(WIDTHS, GROUP_SIZES, PARTS)]
+    variants = [
+        (f"{b}b-g{g}-{part}", b, g, part)
+        for b, g, part in product(WIDTHS, GROUP_SIZES, PARTS)
+        if part != "plus" or (b, g) == (2, 128)
+    ]
     for workload, shape, q_len in product(workloads, shapes, QUERY_LENGTHS):
         heads = heads_of(shape)
         batch_size, length = parse_workload(workload)

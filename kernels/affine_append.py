@@ -11,6 +11,7 @@ from torch import Tensor
 from ottfx.kernels.affine_encode import _encode_key_pages_kernel, _encode_value_pages_kernel
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
+from ottfx.kernels.key_order import _order_channels_kernel
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2
 
 PAGE = 128
@@ -43,13 +44,14 @@ def append(
     residual_valid: Tensor,
     value_codes: Tensor,
     value_scale: Tensor,
-    value_zero_point: Tensor,
+    value_zero_point: Tensor | None,
     value_residual: Tensor,
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
     value_outlier_position: Tensor | None = None,
     spill_count: Tensor | None = None,
+    key_order: Tensor | None = None,
     key_bits: int,
     value_bits: int,
     group_size: int,
@@ -61,6 +63,7 @@ def append(
     score_norm: int = 1,
     replacement: str = "rest",
     mask_replaced: bool = True,
+    range_search: bool = False,
 ) -> None:
     """Store new tokens and pack what became due: the section *append* of docs/storage.md, without a host sync.
 
@@ -79,13 +82,14 @@ def append(
         residual_valid: state.
         value_codes: state.
         value_scale: state.
-        value_zero_point: state.
+        value_zero_point: state, or None for grids around 0.
         value_residual: state.
         outlier_key: state of the pool; all five or none.
         outlier_position: state of the pool.
         outlier_value: state of the pool.
         value_outlier_position: state of the pool.
         spill_count: state of the pool.
+        key_order: state, if key codes are of mixed widths.
         key_bits: width of a key code: 2, 3, 4 or 8.
         value_bits: width of a value code.
         group_size: tokens of a key group: 32, 64 or 128.
@@ -97,6 +101,7 @@ def append(
         score_norm: 1 or 2: the norm of a key that is its score.
         replacement: "rest" or "group": whose mean stands in an outlier's slot.
         mask_replaced: whether such slots are marked as not attended.
+        range_search: whether grids may be narrower than the range of their group.
     """
     key, value = dense_rows(key), dense_rows(value)
     batch_size, num_kv_heads, q_len, head_dim = key.shape
@@ -144,11 +149,21 @@ def append(
         "ENCODED": encodes,
         "CHUNK": chunk,
     }
+    codes = {
+        "key_order_ptr": lengths if key_order is None else key_order,
+        "MIXED": key_order is not None,
+        "SYMMETRIC": value_zero_point is None,
+        "SEARCH": range_search,
+    }
+    if value_zero_point is None:
+        value_zero_point = value_scale
+    if key_order is not None:
+        order_channels(common, key_order, key_window, key_step)
     if encodes:
         _encode(
             common, score, key_codes, key_scale, key_zero_point, value_codes, value_scale, value_zero_point,
             bits=(key_bits, value_bits), windows=(key_window, value_window), steps=(key_step, value_step),
-            norm=score_norm, traces=traces,
+            norm=score_norm, traces=traces, codes=codes,
         )  # fmt: skip
     if traces:
         assert outlier_key is not None
@@ -172,31 +187,35 @@ def append(
     one_schedule = (key_window, key_step) == (value_window, value_step)
     # Behind the encoder most pages are done, and an item is a whole one: all chunks of channels, all strips.
     key_parts, value_parts = (head_dim // chunk, PAGE // STRIP) if encodes else (1, 1)
-    pack = common | {
-        "key_codes_ptr": key_codes,
-        "key_scale_ptr": key_scale,
-        "key_zero_point_ptr": key_zero_point,
-        "value_codes_ptr": value_codes,
-        "value_scale_ptr": value_scale,
-        "value_zero_point_ptr": value_zero_point,
-        "pages": key_codes.shape[2],
-        "KEY_BITS": key_bits,
-        "VALUE_BITS": value_bits,
-        "VALUE_GROUPS": value_scale.shape[3],
-        "KEY_WINDOW": key_window,
-        "KEY_STEP": key_step,
-        "VALUE_WINDOW": value_window,
-        "VALUE_STEP": value_step,
-        "HAS_OUTLIERS": traces,
-        "MEAN_OF_REST": replacement == "rest",
-        "MARK": mask_replaced,
-        "WRITE_BACK": not one_schedule,
-        "KEY_PARTS": key_parts,
-        "VALUE_PARTS": value_parts,
-        "BLOCK_HALF": next_power_of_2(head_dim // 2),
-        "BLOCK_D": next_power_of_2(head_dim),
-        "RING_ROWS": RING_ROWS,
-    }
+    pack = (
+        common
+        | codes
+        | {
+            "key_codes_ptr": key_codes,
+            "key_scale_ptr": key_scale,
+            "key_zero_point_ptr": key_zero_point,
+            "value_codes_ptr": value_codes,
+            "value_scale_ptr": value_scale,
+            "value_zero_point_ptr": value_zero_point,
+            "pages": key_codes.shape[2],
+            "KEY_BITS": key_bits,
+            "VALUE_BITS": value_bits,
+            "VALUE_GROUPS": value_scale.shape[3],
+            "KEY_WINDOW": key_window,
+            "KEY_STEP": key_step,
+            "VALUE_WINDOW": value_window,
+            "VALUE_STEP": value_step,
+            "HAS_OUTLIERS": traces,
+            "MEAN_OF_REST": replacement == "rest",
+            "MARK": mask_replaced,
+            "WRITE_BACK": not one_schedule,
+            "KEY_PARTS": key_parts,
+            "VALUE_PARTS": value_parts,
+            "BLOCK_HALF": next_power_of_2(head_dim // 2),
+            "BLOCK_D": next_power_of_2(head_dim),
+            "RING_ROWS": RING_ROWS,
+        }
+    )
     key_items = _most_blocks(q_len, key_step, PAGE) * (head_dim // chunk // key_parts)
     value_items = _most_blocks(q_len, value_step, STRIP * value_parts)
     # With write-back every row of the ring may change, otherwise only those of the new tokens.
@@ -213,10 +232,28 @@ def append(
         launch(_store_tokens_kernel, grid, arguments, num_warps=4, num_stages=1)
 
 
+def order_channels(common: dict[str, Any], key_order: Tensor, window: int, step: int) -> None:
+    """Decide the order of the channels of heads that have none yet, if this call packs a real token of theirs."""
+    names = (
+        "key_ptr", "valid_ptr", "lengths_ptr", "key_residual_ptr", "residual_valid_ptr",
+        "stride_key_batch", "stride_key_head", "stride_key_token", "site", "q_len", "pairs",
+        "NUM_KV_HEADS", "HEAD_DIM", "CAPACITY", "GROUP", "HAS_VALID",
+    )  # fmt: skip
+    arguments = {name: common[name] for name in names} | {
+        "key_order_ptr": key_order,
+        "WINDOW": window,
+        "STEP": step,
+        "BLOCK_D": next_power_of_2(common["HEAD_DIM"]),
+    }
+    grid = (torch.sym_min(common["pairs"], MOST_SELECTING),)
+    launch(_order_channels_kernel, grid, arguments, num_warps=4, num_stages=1)
+
+
 def _encode(
     common: dict[str, Any], score: Tensor, key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor,
     value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, *,
     bits: tuple[int, int], windows: tuple[int, int], steps: tuple[int, int], norm: int, traces: bool,
+    codes: dict[str, Any],
 ) -> None:  # fmt: skip
     shared = {
         name: common[name]
@@ -236,12 +273,15 @@ def _encode(
     keys = shared | {name: common[name] for name in common if name.startswith("stride_key")}
     keys |= {
         "key_ptr": common["key_ptr"],
+        "order_ptr": codes["key_order_ptr"],
         "codes_ptr": key_codes,
         "scale_ptr": key_scale,
         "zero_point_ptr": key_zero_point,
         "score_ptr": score,
         "scores_per_head": common["flags_per_head"],
         "BITS": bits[0],
+        "MIXED": codes["MIXED"],
+        "SEARCH": codes["SEARCH"],
         "GROUP": common["GROUP"],
         "WINDOW": windows[0],
         "STEP": steps[0],
@@ -257,6 +297,8 @@ def _encode(
         "scale_ptr": value_scale,
         "zero_point_ptr": value_zero_point,
         "BITS": bits[1],
+        "SYMMETRIC": codes["SYMMETRIC"],
+        "SEARCH": codes["SEARCH"],
         "VALUE_GROUPS": value_scale.shape[3],
         "WINDOW": windows[1],
         "STEP": steps[1],

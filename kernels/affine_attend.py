@@ -32,11 +32,12 @@ def attend(
     key_residual: Tensor,
     value_codes: Tensor,
     value_scale: Tensor,
-    value_zero_point: Tensor,
+    value_zero_point: Tensor | None,
     value_residual: Tensor,
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
+    key_order: Tensor | None = None,
     key_bits: int,
     value_bits: int,
 ) -> Tensor:
@@ -60,11 +61,12 @@ def attend(
         key_residual: state.
         value_codes: state.
         value_scale: state.
-        value_zero_point: state.
+        value_zero_point: state, or None for grids around 0.
         value_residual: state.
         outlier_key: state of the pool, all three or none; zero rows are allowed.
         outlier_position: state of the pool.
         outlier_value: state of the pool.
+        key_order: state, if key codes are of mixed widths.
         key_bits: width of a key code: 2, 3, 4 or 8.
         value_bits: width of a value code.
 
@@ -92,11 +94,12 @@ def attend(
         "key_residual_ptr": key_residual,
         "value_codes_ptr": value_codes,
         "value_scale_ptr": value_scale,
-        "value_zero_point_ptr": value_zero_point,
+        "value_zero_point_ptr": value_scale if value_zero_point is None else value_zero_point,
         "value_residual_ptr": value_residual,
         "outlier_key_ptr": outlier_key if pool_rows else key_residual,
         "outlier_position_ptr": outlier_position if pool_rows else lengths,
         "outlier_value_ptr": outlier_value if pool_rows else value_residual,
+        "key_order_ptr": lengths if key_order is None else key_order,
         "stride_query_batch": query.stride(0),
         "stride_query_head": query.stride(1),
         "stride_query_token": query.stride(2),
@@ -120,6 +123,8 @@ def attend(
         "CAPACITY": key_residual.shape[2],
         "KEY_BITS": key_bits,
         "VALUE_BITS": value_bits,
+        "MIXED": key_order is not None,
+        "SYMMETRIC": value_zero_point is None,
         "GROUP": PAGE // key_scale.shape[3],
         "POOL_ROWS": pool_rows,
     }

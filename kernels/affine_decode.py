@@ -22,13 +22,13 @@ def _decode_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr,
     value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
-    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, key_order_ptr, partial_ptr, log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
     site, q_len, pages, splits, softmax_scale,
     NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr,
     POOL_ROWS: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
     WHOLE_TILES: tl.constexpr, K_WIDTH: tl.constexpr,
@@ -68,11 +68,11 @@ def _decode_kernel(
             attend_packed(
                 pair, head, first_tile, tl.minimum(first_tile + share, tiles), packed,
                 query_ptr + batch * stride_query_batch, mask_ptr, score_factor, rows, slot, live_columns, mask_offset,
-                key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+                key_order_ptr, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
                 value_codes_ptr, value_scale_ptr, value_zero_point_ptr, partial_ptr, log_sum_ptr,
                 stride_query_head, stride_query_token, stride_mask_token, pages,
-                QUERIES_PER_KV, HEAD_DIM, KEY_BITS, VALUE_BITS, GROUP, MASK, ONE_MASK, SINGLE, COLUMNS, TILE, BLOCK_D,
-                WHOLE_TILES, K_WIDTH,
+                QUERIES_PER_KV, HEAD_DIM, KEY_BITS, VALUE_BITS, MIXED, SYMMETRIC, GROUP, MASK, ONE_MASK, SINGLE,
+                COLUMNS, TILE, BLOCK_D, WHOLE_TILES, K_WIDTH,
             )  # fmt: skip
     else:
         attend_window(

@@ -8,17 +8,22 @@ it: `hard` says which. What is stored is defined in docs/storage.md, `Codes`, `S
 import triton
 import triton.language as tl
 
+from ottfx.kernels.affine_pack import key_levels, stored_channels
+from ottfx.kernels.grid_search import search_range, symmetric_scale
 from ottfx.kernels.packing import (
     FINITE_MAX,
     PAGE,
     bit_position,
     code_bits,
     code_excess,
+    codes_of,
     group_constants,
     make_finite,
     pack_columns,
+    pack_mixed,
     reciprocal,
     steps_of,
+    symmetric_steps,
 )
 from ottfx.kernels.window import packed_end
 
@@ -32,17 +37,17 @@ def _third_bit_plane(bits):
 
 @triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages", "scores_per_head"])
 def _encode_key_pages_kernel(
-    key_ptr, valid_ptr, lengths_ptr, codes_ptr, scale_ptr, zero_point_ptr, score_ptr, hard_ptr,
+    key_ptr, valid_ptr, lengths_ptr, order_ptr, codes_ptr, scale_ptr, zero_point_ptr, score_ptr, hard_ptr,
     stride_key_batch, stride_key_head, stride_key_token,
     site, q_len, pages, most_pages, scores_per_head,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    WINDOW: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, HAS_VALID: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, MIXED: tl.constexpr,
+    SEARCH: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
+    HAS_VALID: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pages, most_pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(most_pages, tl.int32)
     GROUPS: tl.constexpr = PAGE // GROUP
-    LEVELS: tl.constexpr = (1 << BITS) - 1
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 32 // WIDTH
     pair = (tl.program_id(0) // most_pages).to(tl.int64)
@@ -64,8 +69,9 @@ def _encode_key_pages_kernel(
         slot = pair * pages + page
         for start in tl.static_range(0, HEAD_DIM, CHUNK):
             channel = start + tl.arange(0, CHUNK)
+            source = stored_channels(order_ptr + pair * HEAD_DIM, channel, MIXED)
             # [PAGE, CHUNK]
-            x = tl.load(new_ptr + row[:, None] * stride_key_token + channel[None, :]).to(tl.float32)
+            x = tl.load(new_ptr + row[:, None] * stride_key_token + source[None, :]).to(tl.float32)
             part = tl.sum(tl.abs(x) if NORM == 1 else x * x, axis=1)
             score += part
             # False for NaN. A sum within the bound has no term beyond it, and nothing is clamped.
@@ -74,15 +80,20 @@ def _encode_key_pages_kernel(
             if easy != 0:
                 grouped = tl.reshape(x, [GROUPS, GROUP, CHUNK])
                 # [GROUPS, CHUNK]
-                scale, zero_point = group_constants(tl.min(grouped, axis=1), tl.max(grouped, axis=1), LEVELS)
-                bits = code_bits(
-                    steps_of(
-                        grouped,
-                        tl.broadcast_to(zero_point.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
-                        tl.broadcast_to(reciprocal(scale)[:, None, :], [GROUPS, GROUP, CHUNK]),
-                        LEVELS,
-                    )
+                levels = tl.broadcast_to(key_levels(channel, BITS, MIXED)[None, :], [GROUPS, CHUNK])
+                low, high = tl.min(grouped, axis=1), tl.max(grouped, axis=1)
+                if SEARCH:
+                    everyone = tl.full([GROUPS, GROUP, 1], 1, tl.int1)
+                    scale, zero_point = search_range(grouped, everyone, low, high, levels, GROUPS, GROUP, CHUNK)
+                else:
+                    scale, zero_point = group_constants(low, high, levels)
+                steps = steps_of(
+                    grouped,
+                    tl.broadcast_to(zero_point.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
+                    tl.broadcast_to(reciprocal(scale)[:, None, :], [GROUPS, GROUP, CHUNK]),
+                    tl.broadcast_to(levels[:, None, :], [GROUPS, GROUP, CHUNK]),
                 )
+                bits = codes_of(steps) if MIXED else code_bits(steps)
                 offset = (slot * GROUPS + tl.arange(0, GROUPS)[:, None]) * HEAD_DIM + channel[None, :]
                 tl.store(scale_ptr + offset, scale)
                 tl.store(zero_point_ptr + offset, zero_point)
@@ -94,9 +105,12 @@ def _encode_key_pages_kernel(
                     plane_row = tl.arange(0, PAGE // 2)[:, None]
                     tl.store(page_ptr + HEAD_DIM * 8 + strip16 * (PAGE // 2) + plane_row, plane)
                     bits = bits & 3
-                words = pack_columns(bits, WIDTH, PER_WORD, PAGE, CHUNK)
-                if BITS != 3:
-                    words -= code_excess(WIDTH)
+                if MIXED:
+                    words = pack_mixed(tl.reshape(bits, [PAGE, CHUNK]), PAGE, CHUNK)
+                else:
+                    words = pack_columns(bits, WIDTH, PER_WORD, PAGE, CHUNK)
+                    if BITS != 3:
+                        words -= code_excess(WIDTH)
                 strip = start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)
                 tl.store(page_ptr + strip[None, :] * PAGE + row[:, None], words)
         if HAS_OUTLIERS:
@@ -119,8 +133,9 @@ def _encode_value_pages_kernel(
     value_ptr, valid_ptr, lengths_ptr, codes_ptr, scale_ptr, zero_point_ptr, hard_ptr,
     stride_value_batch, stride_value_head, stride_value_token,
     site, q_len, pages, most_pages,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
-    WINDOW: tl.constexpr, STEP: tl.constexpr, HAS_VALID: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    SEARCH: tl.constexpr, VALUE_GROUPS: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pages, most_pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(most_pages, tl.int32)
@@ -160,18 +175,37 @@ def _encode_value_pages_kernel(
             x = tl.load(new_ptr + token[:, None] * stride_value_token + channel[None, :]).to(tl.float32)
             total += tl.abs(x)
             grouped = tl.reshape(x, [STRIPS, VALUE_GROUPS, MEMBERS])
-            # [STRIPS, VALUE_GROUPS]
-            scale, zero_point = group_constants(tl.min(grouped, axis=2), tl.max(grouped, axis=2), LEVELS)
-            steps = steps_of(
-                grouped,
-                tl.broadcast_to(zero_point.to(tl.float32)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS]),
-                tl.broadcast_to(reciprocal(scale)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS]),
-                LEVELS,
-            )
-            bits = code_bits(tl.reshape(steps, [STRIPS, HEAD_DIM]))
             offset = (slot * VALUE_GROUPS + group[None, :]) * PAGE + token[:, None]
+            # Constants are [STRIPS, VALUE_GROUPS].
+            if SYMMETRIC:
+                everyone = tl.full([STRIPS, VALUE_GROUPS, 1], 1, tl.int1)
+                scale = symmetric_scale(grouped, everyone, tl.max(tl.abs(grouped), axis=2), LEVELS, SEARCH)
+                per_step = tl.broadcast_to(reciprocal(scale)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS])
+                steps = symmetric_steps(grouped, per_step, LEVELS)
+            else:
+                low, high = tl.min(grouped, axis=2), tl.max(grouped, axis=2)
+                if SEARCH:
+                    # Every group is one of its own: [groups, members, 1].
+                    levels = tl.full([STRIPS * VALUE_GROUPS, 1], LEVELS, tl.float32)
+                    everyone = tl.full([STRIPS * VALUE_GROUPS, MEMBERS, 1], 1, tl.int1)
+                    scale, zero_point = search_range(
+                        tl.reshape(grouped, [STRIPS * VALUE_GROUPS, MEMBERS, 1]), everyone,
+                        tl.reshape(low, [STRIPS * VALUE_GROUPS, 1]), tl.reshape(high, [STRIPS * VALUE_GROUPS, 1]),
+                        levels, STRIPS * VALUE_GROUPS, MEMBERS, 1,
+                    )  # fmt: skip
+                    scale = tl.reshape(scale, [STRIPS, VALUE_GROUPS])
+                    zero_point = tl.reshape(zero_point, [STRIPS, VALUE_GROUPS])
+                else:
+                    scale, zero_point = group_constants(low, high, LEVELS)
+                steps = steps_of(
+                    grouped,
+                    tl.broadcast_to(zero_point.to(tl.float32)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS]),
+                    tl.broadcast_to(reciprocal(scale)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS]),
+                    LEVELS,
+                )
+                tl.store(zero_point_ptr + offset, zero_point)
+            bits = code_bits(tl.reshape(steps, [STRIPS, HEAD_DIM]))
             tl.store(scale_ptr + offset, scale)
-            tl.store(zero_point_ptr + offset, zero_point)
             if BITS == 3:
                 plane += ((bits >> 2) & 1) << bit_position(member, 1)
                 bits = bits & 3

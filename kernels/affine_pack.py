@@ -6,17 +6,22 @@ What is stored is defined in docs/storage.md, `Codes`, `Scales` and `append`.
 import triton
 import triton.language as tl
 
+from ottfx.kernels.grid_search import search_range, symmetric_scale
 from ottfx.kernels.packing import (
     FINITE_MAX,
     LOWER_ROW_BITS,
     PAGE,
     UPPER_ROW_BITS,
-    encode,
+    codes_of,
     group_constants,
+    highest_codes,
     make_finite,
     pack_columns,
+    pack_mixed,
     pack_rows,
     reciprocal,
+    steps_of,
+    symmetric_steps,
 )
 from ottfx.kernels.window import load_real, load_tokens
 
@@ -30,14 +35,18 @@ def _merge_words(pointer, words, touched, live):
 
 @triton.jit
 def _store_key_codes(
-    page_ptr, codes, due, channel_start, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr
-):
+    page_ptr, codes, due, channel_start, BITS: tl.constexpr, MIXED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
     # codes int32 [PAGE, CHUNK]: the channels from `channel_start` on of all tokens of a page.
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 32 // WIDTH
     row = tl.arange(0, PAGE)[:, None]
     strip = channel_start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)[None, :]
-    words = pack_columns(codes & ((1 << WIDTH) - 1), WIDTH, PER_WORD, PAGE, CHUNK)
+    if MIXED:
+        words = pack_mixed(codes, PAGE, CHUNK)
+    else:
+        words = pack_columns(codes & ((1 << WIDTH) - 1), WIDTH, PER_WORD, PAGE, CHUNK)
     tl.store(page_ptr + strip * PAGE + row, words, mask=due[:, None] & (strip >= 0))
     if BITS == 3:
         HALF: tl.constexpr = PAGE // 2
@@ -61,19 +70,21 @@ def due_halves(due, HALF: tl.constexpr, STRIPS: tl.constexpr):
 @triton.jit
 def pack_key_page(
     pair, page, channel_start, key_ptr, stride_key_token, ring_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
-    codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, CHUNK: tl.constexpr,
+    order_ptr, codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
+    BITS: tl.constexpr, MIXED: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Quantize the due tokens of one page of keys, CHUNK channels of them from `channel_start` on."""
+    """Quantize the due tokens of one page of keys, CHUNK stored channels of them from `channel_start` on."""
     GROUPS: tl.constexpr = PAGE // GROUP
-    LEVELS: tl.constexpr = (1 << BITS) - 1
     token = page * PAGE + tl.arange(0, PAGE)
     due = (token >= packed) & (token < end)
     channel = channel_start + tl.arange(0, CHUNK)
+    source = stored_channels(order_ptr + pair * HEAD_DIM, channel, MIXED)
+    levels = tl.broadcast_to(key_levels(channel, BITS, MIXED)[None, :], [GROUPS, CHUNK])
     # [PAGE, CHUNK]
     x = load_tokens(
-        key_ptr, stride_key_token, ring_ptr, token, past, due, channel, channel < HEAD_DIM, CAPACITY, HEAD_DIM
+        key_ptr, stride_key_token, ring_ptr, token, past, due, source, channel < HEAD_DIM, CAPACITY, HEAD_DIM
     )
     real = load_real(valid_ptr, ring_valid_ptr, token, past, due, CAPACITY, HAS_VALID)
     kept = real
@@ -94,12 +105,17 @@ def pack_key_page(
     x = tl.where(kept, x, mean[:, None, :])
     low = tl.where(count > 0, tl.min(tl.where(members, x, FINITE_MAX), axis=1), 0.0)
     high = tl.where(count > 0, tl.max(tl.where(members, x, -FINITE_MAX), axis=1), 0.0)
-    scale, zero_point = group_constants(low, high, LEVELS)
-    codes = encode(
-        x,
-        tl.broadcast_to(zero_point.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
-        tl.broadcast_to(reciprocal(scale)[:, None, :], [GROUPS, GROUP, CHUNK]),
-        LEVELS,
+    if SEARCH:
+        scale, zero_point = search_range(x, members, low, high, levels, GROUPS, GROUP, CHUNK)
+    else:
+        scale, zero_point = group_constants(low, high, levels)
+    codes = codes_of(
+        steps_of(
+            x,
+            tl.broadcast_to(zero_point.to(tl.float32)[:, None, :], [GROUPS, GROUP, CHUNK]),
+            tl.broadcast_to(reciprocal(scale)[:, None, :], [GROUPS, GROUP, CHUNK]),
+            tl.broadcast_to(levels[:, None, :], [GROUPS, GROUP, CHUNK]),
+        )
     )
 
     slot = pair * pages + page
@@ -110,7 +126,26 @@ def pack_key_page(
     tl.store(scale_ptr + offset, scale, mask=group_due)
     tl.store(zero_point_ptr + offset, zero_point, mask=group_due)
     page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
-    _store_key_codes(page_ptr, tl.reshape(codes, [PAGE, CHUNK]), due, channel_start, BITS, HEAD_DIM, CHUNK)
+    _store_key_codes(page_ptr, tl.reshape(codes, [PAGE, CHUNK]), due, channel_start, BITS, MIXED, HEAD_DIM, CHUNK)
+
+
+@triton.jit
+def stored_channels(order_ptr, channel, MIXED: tl.constexpr):
+    """Which channel of a key is stored at `channel`; `order_ptr` is that of this (sequence, kv head)."""
+    if MIXED:
+        ordered = tl.load(order_ptr + channel).to(tl.int32)
+        # Nothing but padding was packed so far.
+        channel = tl.where(ordered < 0, channel, ordered)
+    return channel
+
+
+@triton.jit
+def key_levels(channel, BITS: tl.constexpr, MIXED: tl.constexpr):
+    """Float32: the highest code of stored channels."""
+    if MIXED:
+        return highest_codes(channel)
+    else:
+        return tl.full(channel.shape, (1 << BITS) - 1, tl.float32)
 
 
 @triton.jit
@@ -146,9 +181,9 @@ def _store_value_codes(
 def pack_value_strip(
     pair, page, strip, value_ptr, stride_value_token, ring_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
     codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
-    BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr,
-    MARK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """Quantize the due tokens among the 16 of one strip of a page of values."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -189,17 +224,35 @@ def pack_value_strip(
     zero_point_tile = tl.zeros([16, COLUMNS], tl.float32)
     for group in tl.static_range(VALUE_GROUPS):
         in_group = (in_row & (channel // (HEAD_DIM // VALUE_GROUPS) == group))[None, :]
-        low = tl.where(real, tl.min(tl.where(in_group, x, FINITE_MAX), axis=1), 0.0)
-        high = tl.where(real, tl.max(tl.where(in_group, x, -FINITE_MAX), axis=1), 0.0)
-        scale, zero_point = group_constants(low, high, LEVELS)
+        if SYMMETRIC:
+            mine = in_group & real[:, None]
+            largest = tl.max(tl.abs(tl.where(mine, x, 0.0)), axis=1)[:, None]
+            scale = tl.reshape(symmetric_scale(x[:, None, :], mine[:, None, :], largest, LEVELS, SEARCH), [16])
+        else:
+            low = tl.where(real, tl.min(tl.where(in_group, x, FINITE_MAX), axis=1), 0.0)
+            high = tl.where(real, tl.max(tl.where(in_group, x, -FINITE_MAX), axis=1), 0.0)
+            if SEARCH:
+                # One group of each token: [tokens, channels, 1].
+                levels = tl.full([16, 1], LEVELS, tl.float32)
+                scale, zero_point = search_range(
+                    x[:, :, None], (in_group & real[:, None])[:, :, None], low[:, None], high[:, None], levels,
+                    16, COLUMNS, 1,
+                )  # fmt: skip
+                scale, zero_point = tl.reshape(scale, [16]), tl.reshape(zero_point, [16])
+            else:
+                scale, zero_point = group_constants(low, high, LEVELS)
+            zero_point_tile = tl.where(in_group, zero_point.to(tl.float32)[:, None], zero_point_tile)
         per_step_tile = tl.where(in_group, reciprocal(scale)[:, None], per_step_tile)
-        zero_point_tile = tl.where(in_group, zero_point.to(tl.float32)[:, None], zero_point_tile)
         if HAS_OUTLIERS and MARK and group == 0:
             # The sign bit, not a negation: a scale of 0 is marked too.
             marked = (scale.to(tl.int16, bitcast=True) | -32768).to(tl.int16).to(tl.float16, bitcast=True)
             scale = tl.where(replaced, marked, scale)
         offset = (slot * VALUE_GROUPS + group) * PAGE + row
         tl.store(scale_ptr + offset, scale, mask=due)
-        tl.store(zero_point_ptr + offset, zero_point, mask=due)
-    codes = encode(x, zero_point_tile, per_step_tile, LEVELS)
+        if not SYMMETRIC:
+            tl.store(zero_point_ptr + offset, zero_point, mask=due)
+    if SYMMETRIC:
+        codes = codes_of(symmetric_steps(tl.where(real[:, None], x, 0.0), per_step_tile, LEVELS))
+    else:
+        codes = codes_of(steps_of(x, zero_point_tile, per_step_tile, LEVELS))
     _store_value_codes(codes_ptr + slot * (4 * HEAD_DIM * BITS), codes, due, strip, BITS, HEAD_DIM, BLOCK_HALF)

@@ -73,12 +73,13 @@ def _attend_dense(
 @triton.jit
 def _load_keys(
     codes_ptr, scale_ptr, zero_point_ptr, row, live,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, MIXED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Float32 [BLOCK_D, BLOCK_N]; the pointers are those of a page. `live` [BLOCK_N] guards the constants.
     SPAN: tl.constexpr = GROUP if GROUP < BLOCK_N else BLOCK_N
     GROUPS: tl.constexpr = BLOCK_N // SPAN
-    codes = load_key_codes(codes_ptr, row, BITS, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
+    codes = load_key_codes(codes_ptr, row, BITS, MIXED, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
     channel = tl.arange(0, BLOCK_D)
     group = row // GROUP + tl.arange(0, GROUPS)
     offset = group[None, :] * HEAD_DIM + channel[:, None]
@@ -93,7 +94,8 @@ def _load_keys(
 @triton.jit
 def _load_values(
     codes_ptr, scale_ptr, zero_point_ptr, row, live,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Float32 [BLOCK_N, BLOCK_D]; the pointers are those of a page.
     codes = load_value_codes(codes_ptr, row, BITS, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
@@ -103,7 +105,10 @@ def _load_values(
         offset = tl.arange(0, GROUPS)[None, :] * 128 + token[:, None]
         # [BLOCK_N, GROUPS]
         scale = tl.abs(tl.load(scale_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32))
-        zero_point = tl.load(zero_point_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
+        if SYMMETRIC:
+            zero_point = scale * (-0.5 * ((1 << BITS) - 1))
+        else:
+            zero_point = tl.load(zero_point_ptr + offset, mask=live[:, None], other=0.0).to(tl.float32)
         grouped = tl.reshape(codes, [BLOCK_N, GROUPS, SPAN]) * scale[:, :, None] + zero_point[:, :, None]
         values = tl.reshape(grouped, [BLOCK_N, BLOCK_D])
     else:
@@ -112,7 +117,10 @@ def _load_values(
         in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
         # [BLOCK_N, BLOCK_D]
         scale = tl.abs(tl.load(scale_ptr + offset, mask=in_row, other=0.0).to(tl.float32))
-        zero_point = tl.load(zero_point_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
+        if SYMMETRIC:
+            zero_point = scale * (-0.5 * ((1 << BITS) - 1))
+        else:
+            zero_point = tl.load(zero_point_ptr + offset, mask=in_row, other=0.0).to(tl.float32)
         values = codes * scale + zero_point
     return values
 
@@ -126,13 +134,14 @@ def _attend_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr,
     value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
-    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, key_order_ptr, partial_ptr, log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
     site, q_len, pages, splits, softmax_scale,
     NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, MIXED: tl.constexpr, SYMMETRIC: tl.constexpr,
+    GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     POOL_ROWS: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -176,6 +185,15 @@ def _attend_kernel(
     column = tl.arange(0, BLOCK_N)
 
     if split < splits:
+        stored_query = query
+        if MIXED:
+            ordered = tl.load(key_order_ptr + pair * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=-1)
+            source = tl.where(ordered < 0, channel, ordered.to(tl.int32))
+            stored_query = tl.load(
+                query_ptr + query_offset[:, None] + source[None, :],
+                mask=live_rows[:, None] & (channel < HEAD_DIM)[None, :],
+                other=0.0,
+            )
         for tile in tl.range(first_tile, tl.minimum(first_tile + share, tiles)):
             start = tile * BLOCK_N
             page_row = start % PAGE
@@ -189,9 +207,9 @@ def _attend_kernel(
                 key_codes_ptr + slot * (4 * HEAD_DIM * KEY_BITS),
                 key_scale_ptr + slot * (128 // GROUP * HEAD_DIM),
                 key_zero_point_ptr + slot * (128 // GROUP * HEAD_DIM),
-                page_row, stored, KEY_BITS, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+                page_row, stored, KEY_BITS, MIXED, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
-            scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+            scores = tl.dot(stored_query, key.to(query.dtype), input_precision=PRECISION)
             scores = _masked_scores(
                 scores,
                 mask_row_ptr,
@@ -207,7 +225,7 @@ def _attend_kernel(
                 value_codes_ptr + slot * (4 * HEAD_DIM * VALUE_BITS),
                 value_scale_ptr + slot * (VALUE_GROUPS * 128),
                 value_zero_point_ptr + slot * (VALUE_GROUPS * 128),
-                page_row, stored, VALUE_BITS, VALUE_GROUPS, HEAD_DIM, BLOCK_D, BLOCK_N,
+                page_row, stored, VALUE_BITS, SYMMETRIC, VALUE_GROUPS, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
             row_max, row_sum, acc = _accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
     else:

@@ -80,11 +80,12 @@ def _is_left(hard_ptr, page, past, end, ENCODED: tl.constexpr):
 def _store_tokens_kernel(
     key_ptr, value_ptr, valid_ptr, lengths_ptr, replaced_ptr, hard_ptr,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, residual_valid_ptr,
-    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, key_order_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     site, q_len, flags_per_head, most_pages, pages, pairs, key_items, value_items, ring_items,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, SEARCH: tl.constexpr,
     KEY_WINDOW: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_WINDOW: tl.constexpr, VALUE_STEP: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
     WRITE_BACK: tl.constexpr, ENCODED: tl.constexpr, KEY_PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
@@ -126,9 +127,10 @@ def _store_tokens_kernel(
                     channel_start = tl.cast(index, tl.int32) % (HEAD_DIM // CHUNK) * CHUNK
                     pack_key_page(
                         pair, page, channel_start, new_key_ptr, stride_key_token, ring_key_ptr,
-                        new_valid_ptr, ring_valid_ptr, flags_ptr, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-                        past, key_packed, key_end, pages,
-                        KEY_BITS, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST, CHUNK,
+                        new_valid_ptr, ring_valid_ptr, flags_ptr, key_order_ptr, key_codes_ptr, key_scale_ptr,
+                        key_zero_point_ptr, past, key_packed, key_end, pages,
+                        KEY_BITS, MIXED, SEARCH, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST,
+                        CHUNK,
                     )  # fmt: skip
         elif item < key_items + value_items:
             first_strip = value_packed // 16 // VALUE_PARTS * VALUE_PARTS + (item - key_items) * VALUE_PARTS
@@ -140,7 +142,8 @@ def _store_tokens_kernel(
                         pack_value_strip(
                             pair, page, strip % (PAGE // 16), new_value_ptr, stride_value_token, ring_value_ptr,
                             new_valid_ptr, ring_valid_ptr, flags_ptr, value_codes_ptr, value_scale_ptr,
-                            value_zero_point_ptr, past, value_packed, value_end, pages, VALUE_BITS, GROUP, VALUE_GROUPS,
+                            value_zero_point_ptr, past, value_packed, value_end, pages,
+                            VALUE_BITS, SYMMETRIC, SEARCH, GROUP, VALUE_GROUPS,
                             HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST, MARK, BLOCK_HALF,
                         )  # fmt: skip
         else:

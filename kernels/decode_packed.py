@@ -30,11 +30,11 @@ WEIGHT_UNIT = tl.constexpr(0.5**WEIGHT_LIFT.value)
 @triton.jit
 def _key_scores(
     words, plane, scale, zero_point, folded_query, zero_lift,
-    BITS: tl.constexpr, NG: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
-    K_WIDTH: tl.constexpr,
+    BITS: tl.constexpr, MIXED: tl.constexpr, NG: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
     # [TILE / 16, 16, COLUMNS] scores / SUBNORMAL: codes x (query * scale) + zero point x query.
-    keys = left_operand(subnormal_codes(words, plane, BITS), NG, K_WIDTH)
+    keys = left_operand(subnormal_codes(words, plane, BITS, MIXED), NG, K_WIDTH)
     # All 16 rows are the zero points, so the product is in place for every token. They are lifted against the query.
     if NG == 1:
         zeros = tl.reshape(zero_point * zero_lift[None, None, :, :], [4, 8, BLOCK_D // 8, 2])
@@ -114,11 +114,12 @@ def _mask_tile(
 @triton.jit
 def attend_packed(
     pair, head, first_tile, last_tile, packed, query_ptr, mask_ptr, score_factor, rows, slot,
-    live_columns, mask_offset,
+    live_columns, mask_offset, key_order_ptr,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
     partial_ptr, log_sum_ptr, stride_query_head, stride_query_token, stride_mask_token, pages,
     QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    GROUP: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
+    MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr,
+    SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
     TILE: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_TILES: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Attend over the tiles `first_tile .. last_tile - 1`, at least one, and store the part in `slot` [COLUMNS].
@@ -129,7 +130,12 @@ def attend_packed(
     # Queries in the lanes that need them: [c 4, COLUMNS, BLOCK_D / 32, 8]. Of another shape than what the loop loads,
     # because Triton gives loads of equal sizes one layout.
     HALF: tl.constexpr = COLUMNS * BLOCK_D // 2
-    i = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    if MIXED:
+        # Gathered numbers are dealt to the lanes one by one: asked for in this order, a lane has its runs of 8 as well.
+        j = tl.arange(0, 2 * HALF)
+        i = j // 256 * 256 + j % 32 * 8 + j // 32 % 8
+    else:
+        i = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
     channel = i // 8 % 4 * (BLOCK_D // 4) + i // (32 * COLUMNS) * 8 + i % 8
     own_column = tl.program_id(2) * COLUMNS + i // 32 % COLUMNS
     if SINGLE:
@@ -137,20 +143,25 @@ def attend_packed(
     own_head = head * QUERIES_PER_KV + own_column % QUERIES_PER_KV
     own_offset = own_head * stride_query_head + own_column // QUERIES_PER_KV * stride_query_token
     in_query = (own_column < rows) & (channel < HEAD_DIM)
+    if MIXED:
+        ordered = tl.load(key_order_ptr + pair * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=-1).to(tl.int32)
+        channel = tl.where(ordered < 0, channel, ordered)
     query = tl.load(query_ptr + own_offset + channel, mask=in_query, other=0.0).to(tl.float32)
+    if MIXED:
+        query = tl.permute(tl.reshape(query, [HALF // 128, 8, 32]), [0, 2, 1])
     query = tl.permute(tl.reshape(query, [BLOCK_D // 32, COLUMNS, 4, 8]), [2, 1, 0, 3])
     # A power of two for each column brings its queries below 1: exact, and times any scale they fit float16.
     peak = tl.max(tl.max(tl.max(tl.abs(query), axis=3), axis=2), axis=0)
     exponent = (peak.to(tl.int32, bitcast=True) >> 23) - 126
     exponent = tl.minimum(tl.maximum(exponent, -80), 80)
     own_channel = tl.arange(0, BLOCK_D // 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    lift = lift_exponent(own_channel, KEY_BITS)
+    lift = lift_exponent(own_channel, KEY_BITS, MIXED)
     folded_query = (query * power_of_2(-exponent[None, :, None, None] - lift[None, None, :, :])).to(tl.float16)
     zero_lift = (power_of_2(lift) / ZERO_DROP).to(tl.float16)
     score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
     if SINGLE:
         score_unit = tl.max(score_unit, axis=0) + tl.zeros([4], tl.float32)
-    value_lift = by_row(power_of_2(-lift_exponent(lane_token(NG, TILE), VALUE_BITS) + WEIGHT_LIFT), NG, TILE)
+    value_lift = by_row(power_of_2(-lift_exponent(lane_token(NG, TILE), VALUE_BITS, False) + WEIGHT_LIFT), NG, TILE)
 
     key_codes_ptr += pair * pages * (4 * HEAD_DIM * KEY_BITS)
     key_scale_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
@@ -171,12 +182,13 @@ def attend_packed(
         KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
     )  # fmt: skip
     value_words, value_plane, value_scale, value_zero_point = load_values(
-        first_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr, VALUE_BITS, NG, HEAD_DIM, BLOCK_D, TILE
-    )
+        first_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+        VALUE_BITS, SYMMETRIC, NG, HEAD_DIM, BLOCK_D, TILE,
+    )  # fmt: skip
     for tile in tl.range(first_tile, last_tile):
         scores = _key_scores(
             key_words, key_plane, key_scale, key_zero_point, folded_query, zero_lift,
-            KEY_BITS, NG, BLOCK_D, TILE, COLUMNS, K_WIDTH,
+            KEY_BITS, MIXED, NG, BLOCK_D, TILE, COLUMNS, K_WIDTH,
         )  # fmt: skip
         # Under way while this tile is worked on; the last one is loaded twice.
         next_tile = tl.minimum(tile + 1, last_tile - 1)
@@ -191,7 +203,8 @@ def attend_packed(
             # What lies behind the last token is not initialized: as marked, with constants of zero.
             live = by_row(tile * TILE + lane_token(NG, TILE) < packed, NG, TILE)
             value_scale = tl.where(live, value_scale, -0.0)
-            value_zero_point = tl.where(live, value_zero_point, 0.0)
+            if not SYMMETRIC:
+                value_zero_point = tl.where(live, value_zero_point, 0.0)
         value_scale = value_scale.to(tl.float32)
         # The sign bit of a value scale marks a token that is in the pool.
         marked = spread(value_scale.to(tl.int32, bitcast=True), SINGLE, COLUMNS) < 0
@@ -212,12 +225,16 @@ def attend_packed(
         decay = tl.exp2(row_max - new_max)
         weight = tl.exp2(scores * score_unit[None, None, :] - new_max[None, None, :])
         row_max = new_max
-        weight_zero = weight * spread(value_zero_point.to(tl.float32), SINGLE, COLUMNS)
+        # The value of code 0.
+        lowest = value_scale * (-0.5 * ((1 << VALUE_BITS) - 1))
+        if not SYMMETRIC:
+            lowest = value_zero_point.to(tl.float32)
+        weight_zero = weight * spread(lowest, SINGLE, COLUMNS)
         row_sum = row_sum * decay[None, :] + tl.sum(tl.reshape(weight, [TILE // 8, 8, SEEN]), axis=0)
         zero_sum = zero_sum * decay[None, :] + tl.sum(tl.reshape(weight_zero, [TILE // 8, 8, SEEN]), axis=0)
         weight = (weight * spread(weight_scale, SINGLE, COLUMNS)).to(tl.float16)
         weights = _weights_operand(weight, NG, TILE, COLUMNS, SINGLE, K_WIDTH)
-        values = left_operand(subnormal_codes(value_words, value_plane, VALUE_BITS), 1, K_WIDTH)
+        values = left_operand(subnormal_codes(value_words, value_plane, VALUE_BITS, False), 1, K_WIDTH)
         decay = decay * (unit * inverse_now)
         unit = unit_now
         if SINGLE:
@@ -225,8 +242,9 @@ def attend_packed(
         else:
             acc = tl.dot(values, weights, acc * decay[None, :])
         value_words, value_plane, value_scale, value_zero_point = load_values(
-            next_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr, VALUE_BITS, NG, HEAD_DIM, BLOCK_D, TILE
-        )
+            next_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+            VALUE_BITS, SYMMETRIC, NG, HEAD_DIM, BLOCK_D, TILE,
+        )  # fmt: skip
 
     # Row R * 8 + n of the product is channel 32 * (R / 4) + 4 * n + R % 4.
     r = tl.arange(0, BLOCK_D)

@@ -167,9 +167,10 @@ def load_keys(
 @triton.jit
 def load_values(
     tile, codes_ptr, scale_ptr, zero_point_ptr,
-    BITS: tl.constexpr, NG: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, NG: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Words, words of the 1-bit plane (or 0), scales and zero points of the values of a tile."""
+    """Words, words of the 1-bit plane (or 0), scales and zero points (or 0) of the values of a tile."""
     page = tile // (PAGE // TILE)
     row = tile % (PAGE // TILE) * TILE
     page_ptr = codes_ptr + page * (4 * HEAD_DIM * BITS)
@@ -178,5 +179,7 @@ def load_values(
     if BITS == 3:
         plane = _load_value_words(page_ptr + 8 * HEAD_DIM, row, BITS, HEAD_DIM, BLOCK_D, TILE, True)
     scale = _load_per_token(scale_ptr, page * PAGE + row, NG, TILE)
-    zero_point = _load_per_token(zero_point_ptr, page * PAGE + row, NG, TILE)
+    zero_point = 0
+    if not SYMMETRIC:
+        zero_point = _load_per_token(zero_point_ptr, page * PAGE + row, NG, TILE)
     return words, plane, scale, zero_point

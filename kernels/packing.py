@@ -13,12 +13,50 @@ FINITE_MAX = tl.constexpr(65504.0)
 ROUND_MAGIC = tl.constexpr(12582912.0)
 LOWER_ROW_BITS = tl.constexpr(0x00FF00FF)
 UPPER_ROW_BITS = tl.constexpr(-0x00FF0100)
+# Nibble j is that of elements 2 * j and 2 * j + 1 of a word of mixed widths (docs/storage.md, `Mixed words`).
+_MIXED_WIDTHS = tl.constexpr(0x11221234)
+_MIXED_POSITIONS = tl.constexpr(0xFECA9740 - (1 << 32))
 
 
 @triton.jit
 def bit_position(element, WIDTH: tl.constexpr):
     """Bit of a word where an element begins."""
     return WIDTH * (element // 2) + 16 * (element % 2)
+
+
+@triton.jit
+def mixed_width(element):
+    """Bits of an element of a word of mixed widths."""
+    # A constant on the left of a tensor is none to the interpreter.
+    return ((element * 0 + _MIXED_WIDTHS) >> (element // 2 * 4)) & 15
+
+
+@triton.jit
+def mixed_position(element):
+    """Bit of a word of mixed widths where an element begins."""
+    return (((element * 0 + _MIXED_POSITIONS) >> (element // 2 * 4)) & 15) + 16 * (element % 2)
+
+
+@triton.jit
+def highest_codes(channel):
+    """Float32: the highest code of stored channels whose words are of mixed widths."""
+    return ((1 << mixed_width(channel % 16)) - 1).to(tl.float32)
+
+
+@triton.jit
+def unpack_mixed(words, STRIPS: tl.constexpr, ROWS: tl.constexpr):
+    """Words of mixed widths int32 [STRIPS, ROWS] to codes int32 [STRIPS * 16, ROWS]."""
+    element = tl.arange(0, 16)
+    mask = (1 << mixed_width(element)) - 1
+    codes = (words[:, None, :] >> mixed_position(element)[None, :, None]) & mask[None, :, None]
+    return tl.reshape(codes, [STRIPS * 16, ROWS])
+
+
+@triton.jit
+def pack_mixed(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes int32 [ROWS, COLUMNS] to words of mixed widths int32 [ROWS, COLUMNS // 16]."""
+    neighbours = tl.reshape(codes, [ROWS, COLUMNS // 16, 16])
+    return tl.sum(neighbours << mixed_position(tl.arange(0, 16))[None, None, :], axis=2)
 
 
 @triton.jit
@@ -31,8 +69,9 @@ def unpack_words(words, WIDTH: tl.constexpr, PER_WORD: tl.constexpr, STRIPS: tl.
 
 @triton.jit
 def load_key_codes(
-    page_ptr, row, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    page_ptr, row, BITS: tl.constexpr, MIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Codes int32 [BLOCK_D, BLOCK_N] of BLOCK_N tokens (at most 64) from row `row` on, a multiple of BLOCK_N."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 32 // WIDTH
@@ -41,7 +80,10 @@ def load_key_codes(
     column = tl.arange(0, BLOCK_N)[None, :]
     # [STRIPS, BLOCK_N]
     words = tl.load(page_ptr + strip * 128 + row + column, mask=strip < HEAD_DIM // PER_WORD, other=0)
-    codes = unpack_words(words, WIDTH, PER_WORD, STRIPS, BLOCK_N)
+    if MIXED:
+        codes = unpack_mixed(words, STRIPS, BLOCK_N)
+    else:
+        codes = unpack_words(words, WIDTH, PER_WORD, STRIPS, BLOCK_N)
     if BITS == 3:
         strip16 = tl.arange(0, BLOCK_D // 16)[:, None]
         plane_ptr = page_ptr + HEAD_DIM * 8
@@ -112,11 +154,14 @@ def make_finite(x):
 
 
 @triton.jit
-def group_constants(low, high, LEVELS: tl.constexpr):
-    """Scale and zero point, float16, of groups with ranges `low .. high` in float32, clamped to finite ones."""
+def group_constants(low, high, levels):
+    """Scale and zero point, float16, of groups with ranges `low .. high` in float32, clamped to finite ones.
+
+    `levels` is the highest code: one number, or a float32 tile that fits `low`.
+    """
     zero_point = tl.minimum(tl.maximum(low, -FINITE_MAX), FINITE_MAX).to(tl.float16)
     width = high - zero_point.to(tl.float32)
-    scale = tl.div_rn(width, tl.full(width.shape, LEVELS, tl.float32))
+    scale = tl.div_rn(width, tl.zeros(width.shape, tl.float32) + levels)
     scale = tl.minimum(tl.maximum(scale, 0.0), FINITE_MAX).to(tl.float16)
     return scale, zero_point
 
@@ -129,9 +174,15 @@ def reciprocal(scale):
 
 
 @triton.jit
-def steps_of(x, zero_point, per_step, LEVELS: tl.constexpr):
-    """How many steps above the zero point, 0 .. LEVELS and not yet rounded; three float32 tiles of one shape."""
-    return tl.minimum(tl.maximum((x - zero_point) * per_step, 0.0), LEVELS)
+def steps_of(x, zero_point, per_step, levels):
+    """How many steps above the zero point, 0 .. levels and not yet rounded; float32 tiles of one shape."""
+    return tl.minimum(tl.maximum((x - zero_point) * per_step, 0.0), levels)
+
+
+@triton.jit
+def symmetric_steps(x, per_step, LEVELS: tl.constexpr):
+    """As `steps_of`, of a grid around 0: `(code - LEVELS / 2) * scale`."""
+    return tl.minimum(tl.maximum(x * per_step + LEVELS / 2, 0.0), LEVELS)
 
 
 @triton.jit
@@ -158,6 +209,6 @@ def code_excess(WIDTH: tl.constexpr):
 
 
 @triton.jit
-def encode(x, zero_point, per_step, LEVELS: tl.constexpr):
-    """Codes int32; operands as those of `steps_of`."""
-    return code_bits(steps_of(x, zero_point, per_step, LEVELS)) & LEVELS
+def codes_of(steps):
+    """Codes int32 of steps that are not yet rounded."""
+    return code_bits(steps) & 255

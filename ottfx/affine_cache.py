@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.affine_schedule import Due, due_range, ring_positions, window_index
+from ottfx.affine_grids import code_keys, code_values, decide_order
+from ottfx.affine_pages import write_keys, write_values
+from ottfx.affine_schedule import due_range, ring_positions, window_index
+from ottfx.mixed_words import known_order
 from ottfx.outlier_pool import trace_outliers
-from ottfx.reference import dequantize_affine, make_finite, pack_page, quantize_affine, unpack_page
-from ottfx.schemes.base import PAGE, is_always, new_positions
+from ottfx.reference import dequantize_affine, make_finite
+from ottfx.schemes.base import is_always, new_positions
 
 
 def token_validity(mask: Tensor | None, lengths: Tensor, site: int, q_len: int, batch_size: int) -> Tensor | None:
@@ -45,74 +48,6 @@ def _gather(ring: Tensor, new: Tensor, index: Tensor, dim: int = 2) -> Tensor:
     return torch.cat([ring, new], dim=dim).index_select(dim, index)
 
 
-def _merge_pages(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor) -> None:
-    # A repeated page gets the same contents twice.
-    storage.index_copy_(2, pages, torch.where(is_due, fresh, storage.index_select(2, pages)))
-
-
-def _merge_codes(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor, bits: int) -> None:
-    old = unpack_page(storage.index_select(2, pages), bits, *fresh.shape[-2:])
-    storage.index_copy_(2, pages, pack_page(torch.where(is_due, fresh, old), bits))
-
-
-def write_keys(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, due: Due, group_size: int, bits: int,
-    key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor,
-) -> None:  # fmt: skip
-    """Write the codes and constants of the due key groups into their pages, in place.
-
-    Args:
-        codes: uint8 [batch, heads, bound, head_dim].
-        scale: fp16 [batch, heads, bound / group_size, head_dim]; `zero_point` alike.
-        zero_point: see `scale`.
-        due: the range of tokens.
-        group_size: tokens of a group.
-        bits: width of a code.
-        key_codes: the storage, as in docs/storage.md; so are `key_scale` and `key_zero_point`.
-        key_scale: see `key_codes`.
-        key_zero_point: see `key_codes`.
-    """
-    batch, heads, _, head_dim = codes.shape
-    is_due, offset = due.locate_in_pages(1)
-    fresh = codes.index_select(2, offset.reshape(-1)).reshape(batch, heads, -1, PAGE, head_dim)
-    _merge_codes(key_codes, due.pages, is_due.unsqueeze(-1), fresh, bits)
-
-    is_due, offset = due.locate_in_pages(group_size)
-    group = torch.div(offset, group_size, rounding_mode="floor").reshape(-1)
-    for storage, fresh in ((key_scale, scale), (key_zero_point, zero_point)):
-        paged = fresh.index_select(2, group).reshape(batch, heads, -1, PAGE // group_size, head_dim)
-        _merge_pages(storage, due.pages, is_due.unsqueeze(-1), paged)
-
-
-def write_values(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, due: Due, bits: int,
-    value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor,
-) -> None:  # fmt: skip
-    """Write the codes and constants of the due value tokens into their pages, in place.
-
-    Args:
-        codes: uint8 [batch, heads, bound, head_dim].
-        scale: fp16 [batch, heads, bound, value groups], marks included; `zero_point` alike.
-        zero_point: see `scale`.
-        due: the range of tokens.
-        bits: width of a code.
-        value_codes: the storage, as in docs/storage.md; so are `value_scale` and `value_zero_point`.
-        value_scale: see `value_codes`.
-        value_zero_point: see `value_codes`.
-    """
-    batch, heads = codes.shape[:2]
-    is_due, offset = due.locate_in_pages(1)
-    is_due, offset = is_due.unsqueeze(1), offset.reshape(-1)
-
-    def paged(fresh: Tensor) -> Tensor:
-        rows = fresh.index_select(2, offset).reshape(batch, heads, -1, PAGE, fresh.shape[-1])
-        return rows.transpose(-1, -2)
-
-    _merge_codes(value_codes, due.pages, is_due, paged(codes), bits)
-    _merge_pages(value_scale, due.pages, is_due, paged(scale))
-    _merge_pages(value_zero_point, due.pages, is_due, paged(zero_point))
-
-
 def append(
     key: Tensor,
     value: Tensor,
@@ -127,13 +62,14 @@ def append(
     residual_valid: Tensor,
     value_codes: Tensor,
     value_scale: Tensor,
-    value_zero_point: Tensor,
+    value_zero_point: Tensor | None,
     value_residual: Tensor,
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
     value_outlier_position: Tensor | None = None,
     spill_count: Tensor | None = None,
+    key_order: Tensor | None = None,
     key_bits: int,
     value_bits: int,
     group_size: int,
@@ -145,6 +81,7 @@ def append(
     score_norm: int = 1,
     replacement: str = "rest",
     mask_replaced: bool = True,
+    range_search: bool = False,
 ) -> None:
     """Store new tokens and pack what became due: the section *append* of docs/storage.md.
 
@@ -161,13 +98,14 @@ def append(
         residual_valid: state.
         value_codes: state.
         value_scale: state.
-        value_zero_point: state.
+        value_zero_point: state, or None for grids around 0.
         value_residual: state.
         outlier_key: state of the pool; all five or none.
         outlier_position: state of the pool.
         outlier_value: state of the pool.
         value_outlier_position: state of the pool.
         spill_count: state of the pool.
+        key_order: state, if key codes are of mixed widths; then keys and values have one schedule.
         key_bits: width of a key code; `value_bits` of a value code.
         value_bits: see `key_bits`.
         group_size: tokens of a key group.
@@ -179,6 +117,7 @@ def append(
         score_norm: 1 or 2.
         replacement: "rest" or "group": whose mean stands in an outlier's slot.
         mask_replaced: whether such slots are marked as not attended.
+        range_search: whether grids may be narrower than the range of their group.
     """
     batch, _, q_len, _ = key.shape
     past, key_packed, value_packed = lengths[site].unbind()
@@ -225,14 +164,24 @@ def append(
         ]
 
     key_rows = _replace_rows(make_finite(window_key), kept, mean_of, group_size)
-    coded_keys = quantize_affine(
-        key_rows.unflatten(2, (-1, group_size)), key_bits, dim=3,
-        taking_part=in_range.unflatten(2, (-1, group_size)).unsqueeze(-1),
+    order = None
+    if key_order is not None:
+        seen = due_keys.start + torch.arange(due_keys.bound + key_window, device=key.device)
+        seen_index = window_index(seen, past, ring_rows, q_len)
+        seen_real = (_gather(residual_valid, valid, seen_index, dim=1) != 0) & (seen < past + q_len)
+        seen_key = _gather(key_residual, key, seen_index)
+        new_order = decide_order(key_order, seen_key, seen_real, due_keys, group_size, key_window)
+        order = known_order(new_order)
+    coded_keys = code_keys(
+        key_rows.unflatten(2, (-1, group_size)), key_bits, in_range.unflatten(2, (-1, group_size)).unsqueeze(-1),
+        order, range_search,
     )  # fmt: skip
     # A group of zeros has scale, zero point and codes 0, as a group without a member taking part must.
     value_rows = torch.where(real_values.unsqueeze(-1), value_rows, 0.0)
     value_groups = value_scale.shape[3]
-    value_codes_due, scale, zero_point = quantize_affine(value_rows.unflatten(-1, (value_groups, -1)), value_bits)
+    value_codes_due, scale, zero_point = code_values(
+        value_rows.unflatten(-1, (value_groups, -1)), value_bits, value_zero_point is None, range_search
+    )
     if marked is not None:
         first_group = torch.arange(value_groups, device=key.device) == 0
         scale = torch.where(marked.unsqueeze(-1) & first_group, -scale, scale)
@@ -249,7 +198,7 @@ def append(
     codes, key_scale_due, key_zero_point_due = coded_keys
     write_keys(
         codes.flatten(2, 3), key_scale_due, key_zero_point_due, due_keys, group_size, key_bits,
-        key_codes, key_scale, key_zero_point,
+        key_codes, key_scale, key_zero_point, key_order is not None,
     )  # fmt: skip
     write_values(
         value_codes_due.flatten(-2), scale, zero_point, due_values, value_bits,
@@ -258,6 +207,8 @@ def append(
     key_residual.copy_(new_ring)
     value_residual.copy_(torch.where(is_new.unsqueeze(-1), value.index_select(2, newest), value_residual))
     residual_valid.copy_(torch.where(is_new, valid.index_select(1, newest), residual_valid))
+    if key_order is not None:
+        key_order.copy_(new_order)
     for storage, contents in pool_updates:
         storage.copy_(contents)
 

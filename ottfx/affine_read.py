@@ -11,44 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ottfx.affine_grids import read_key_pages, read_value_pages
 from ottfx.affine_schedule import ring_positions
-from ottfx.reference import dequantize_affine, unpack_page
 from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
-
-
-def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Dequantize whole pages of keys.
-
-    Args:
-        codes: int32 [batch, heads, pages, words].
-        scale: fp16 [batch, heads, pages, groups of a page, head_dim]; `zero_point` alike.
-        zero_point: see `scale`.
-        bits: width of a code.
-
-    Returns:
-        fp32 [batch, heads, pages * PAGE, head_dim].
-    """
-    groups, head_dim = scale.shape[-2:]
-    unpacked = unpack_page(codes, bits, PAGE, head_dim).unflatten(-2, (groups, PAGE // groups))
-    return dequantize_affine(unpacked, scale, zero_point, dim=-2).flatten(2, 4)
-
-
-def read_value_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Dequantize whole pages of values.
-
-    Args:
-        codes: int32 [batch, heads, pages, words].
-        scale: fp16 [batch, heads, pages, groups of a token, PAGE]; `zero_point` alike.
-        zero_point: see `scale`.
-        bits: width of a code.
-
-    Returns:
-        fp32 [batch, heads, pages * PAGE, head_dim].
-    """
-    groups = scale.shape[-2]
-    head_dim = codes.shape[-1] * 32 // (PAGE * bits)
-    unpacked = unpack_page(codes, bits, head_dim, PAGE).unflatten(-2, (groups, head_dim // groups))
-    return dequantize_affine(unpacked, scale, zero_point, dim=-2).flatten(3, 4).transpose(-1, -2).flatten(2, 3)
 
 
 def _mask_bias(mask: Tensor | None, num_kv_heads: int, groups: int) -> Tensor | None:
@@ -80,11 +45,12 @@ def attend(
     key_residual: Tensor,
     value_codes: Tensor,
     value_scale: Tensor,
-    value_zero_point: Tensor,
+    value_zero_point: Tensor | None,
     value_residual: Tensor,
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
+    key_order: Tensor | None = None,
     key_bits: int,
     value_bits: int,
 ) -> Tensor:
@@ -105,11 +71,12 @@ def attend(
         key_residual: state.
         value_codes: state.
         value_scale: state.
-        value_zero_point: state.
+        value_zero_point: state, or None for grids around 0.
         value_residual: state.
         outlier_key: state of the pool; all three or none.
         outlier_position: state of the pool.
         outlier_value: state of the pool.
+        key_order: state, if key codes are of mixed widths.
         key_bits: width of a key code; `value_bits` of a value code.
         value_bits: see `key_bits`.
 
@@ -134,10 +101,10 @@ def attend(
         key_scale.index_select(2, pages),
         key_zero_point.index_select(2, pages),
         key_bits,
+        key_order,
     )
-    coded_values = read_value_pages(
-        value_codes.index_select(2, pages), scale, value_zero_point.index_select(2, pages), value_bits
-    )
+    value_zeros = None if value_zero_point is None else value_zero_point.index_select(2, pages)
+    coded_values = read_value_pages(value_codes.index_select(2, pages), scale, value_zeros, value_bits)
     keys = [coded_keys, torch.where(in_ring, key_residual.float(), 0.0), key.float()]
     values = [coded_values, torch.where(in_ring, value_residual.float(), 0.0), value.float()]
     visible = [
@@ -201,10 +168,13 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
     codes, scale, zero_point = (
         state[f"{role}_{name}"].narrow(2, first_page, count) for name in ("codes", "scale", "zero_point")
     )
-    read_pages = read_key_pages if role == "key" else read_value_pages
-    coded = (
-        read_pages(codes, scale, zero_point, bits).narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)
-    )
+    # What a scheme has no use for has a size of 0.
+    if role == "key":
+        order = state.get("key_order")
+        coded = read_key_pages(codes, scale, zero_point, bits, order if order is not None and order.numel() else None)
+    else:
+        coded = read_value_pages(codes, scale, zero_point if zero_point.shape[3] else None, bits)
+    coded = coded.narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)
     position = torch.arange(start, stop, device=coded.device)
     ring = residual.index_select(2, torch.remainder(position, residual.shape[2]))
     dense = torch.where((position >= packed).unsqueeze(-1), ring, coded)

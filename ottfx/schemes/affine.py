@@ -23,13 +23,15 @@ LayerBits = int | tuple[int, int]
 Config = TypeVar("Config", bound="AffineConfig")
 
 
-def state_names(*, with_pool: bool) -> tuple[str, ...]:
+def state_names(*, with_pool: bool, with_order: bool = False) -> tuple[str, ...]:
     """Return the names of the state tensors of both halves, in the order in which the ops take them."""
     key = ["key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid"]
     value = ["value_codes", "value_scale", "value_zero_point", "value_residual"]
     if with_pool:
         key += ["outlier_key", "outlier_position", "spill_count"]
         value += ["outlier_value", "value_outlier_position"]
+    if with_order:
+        key += ["key_order"]
     return (*key, *value)
 
 

@@ -22,6 +22,10 @@ CASES = [
     ("ott", {"bits": 2, "group_size": 32, "residual_length": 0, "spill_capacity": 4}, 2, 4, 4, 96),
     ("ott", {"bits": 3, "residual_length": 64, "score_norm": 2}, 1, 8, 2, 256),
     ("ott", {"bits": 4, "outlier_capacity": 8, "mask_replaced": False}, 2, 6, 6, 64),
+    ("ott+", {"bits": 2}, 2, 32, 8, 128),
+    ("ott+", {"bits": 2, "group_size": 64}, 2, 4, 2, 80),
+    ("ott+", {"bits": 3}, 1, 8, 2, 256),
+    ("ott+", {"bits": 2, "mixed_keys": False, "rotate_values": False, "group_size": 32}, 2, 6, 3, 64),
 ]
 STEPS = (300, 1, 1, 5, 120, 1, 260, 1)
 """Tokens of each call: a prompt, decode steps, chunks that cross one and several group boundaries."""
@@ -76,7 +80,7 @@ def test_gpu_matches_the_definition(name, options, batch, heads, kv_heads, head_
             half.high, half.packed = past, length
         want, got = cpu.read(past).float(), gpu.read(past).cpu().float()
         assert (got - want).norm() / want.norm() < 10 * TOLERANCE[dtype]
-        if name == "ott":
+        if name in ("ott", "ott+"):
             for state in ("outlier_position", "value_outlier_position"):
                 if state in cpu.tensors:
                     positions = [half.tensors[state].cpu().sort(-1).values for half in (cpu, gpu)]

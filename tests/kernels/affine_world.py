@@ -12,7 +12,7 @@ SITE = 1
 POOL = ("outlier_key", "outlier_position", "outlier_value")
 READ_BY_ATTEND = (
     "key_codes", "key_scale", "key_zero_point", "key_residual",
-    "value_codes", "value_scale", "value_zero_point", "value_residual", *POOL,
+    "value_codes", "value_scale", "value_zero_point", "value_residual", *POOL, "key_order",
 )  # fmt: skip
 
 
@@ -33,6 +33,9 @@ class Case:
     score_norm: int = 1
     replacement: str = "rest"
     mask_replaced: bool = True
+    mixed: bool = False
+    range_search: bool = False
+    symmetric: bool = False
     pages: int = 4
     dtype: torch.dtype = torch.float32
 
@@ -48,10 +51,14 @@ class Case:
             return (self.residual_length, self.group_size) * 2
         return 0, self.residual_length, self.residual_length, 1
 
+    def read_options(self):
+        absent = {"value_zero_point": None} if self.symmetric else {}
+        return absent | {"key_bits": self.key_bits, "value_bits": self.value_bits}
+
     def append_options(self):
         names = ("key_window", "key_step", "value_window", "value_step")
         return dict(
-            zip(names, self.schedule(), strict=True), key_bits=self.key_bits, value_bits=self.value_bits,
+            zip(names, self.schedule(), strict=True), **self.read_options(), range_search=self.range_search,
             group_size=self.group_size, outlier_capacity=self.capacity if self.scheme == "ott" else 0,
             score_norm=self.score_norm, replacement=self.replacement, mask_replaced=self.mask_replaced,
         )  # fmt: skip
@@ -67,6 +74,10 @@ class Case:
             for name in ("scale", "zero_point"):
                 state[f"{role}_{name}"] = torch.zeros(*lead, self.pages, *constants[role], dtype=torch.float16)
             state[f"{role}_residual"] = torch.zeros(*lead, self.ring(), self.head_dim, dtype=self.dtype)
+        if self.symmetric:
+            del state["value_zero_point"]
+        if self.mixed:
+            state["key_order"] = torch.full((*lead, self.head_dim), -1, dtype=torch.int16)
         state["residual_valid"] = torch.zeros(self.batch, self.ring(), dtype=torch.uint8)
         if self.scheme == "ott":
             rows = (*lead, self.capacity + self.spill if self.capacity else 0)

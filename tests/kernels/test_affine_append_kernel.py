@@ -5,6 +5,7 @@ import torch
 from affine_world import SITE, Case, World
 
 from ottfx.kernels.affine_append import append
+from ottfx.mixed_words import unpack_mixed
 from ottfx.reference import unpack_page
 from tests.tolerances import DIFFERENT_CODE_SHARE, DIFFERENT_CONSTANT_SHARE, FP16_ULP
 
@@ -19,7 +20,18 @@ SMALL = [
     (Case(scheme="kivi", batch=2, key_bits=3, residual_length=96, head_dim=16, dtype=torch.float16), (100, 3, 190)),
     (Case(scheme="kivi", group_size=64, residual_length=128, value_bits=8, head_dim=80), (127, 1, 1)),
 ]
+PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3)
+SMALL += [
+    (Case(**PLUS), (70, 1, 30, 100)),
+    (Case(**PLUS, batch=2, kv_heads=2, head_dim=80, group_size=128, dtype=torch.float16), (63, 98, 2)),
+    (Case(mixed=True, head_dim=64), (100,)),
+    (Case(symmetric=True, value_bits=3, value_group_size=16), (100,)),
+    (Case(range_search=True, key_bits=4, value_bits=4, value_group_size=16), (100,)),
+]
 WHOLE_PAGES = [
+    (Case(**PLUS, batch=2, pages=6), (600, 40, 100)),
+    (Case(**PLUS, group_size=128, head_dim=64, kv_heads=2, pages=8, dtype=torch.bfloat16), (40, 900)),
+    (Case(range_search=True, key_bits=3, value_bits=4, value_group_size=16, pages=6), (400,)),
     (Case(pages=6), (600, 40, 100)),
     (Case(batch=2, kv_heads=2, key_bits=3, value_bits=3, value_group_size=16, pages=6, dtype=torch.float16),
      (300, 290)),
@@ -31,6 +43,10 @@ WHOLE_PAGES = [
     (Case(head_dim=96, pages=4), (400,)),
 ]  # fmt: skip
 LARGE = [
+    (Case(**PLUS, batch=3, kv_heads=8, head_dim=head_dim, group_size=128, pages=40, dtype=dtype),
+     (2000, 1, 1500, 95, 1))
+    for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (256, torch.bfloat16))
+] + [
     (Case(batch=3, kv_heads=8, head_dim=128, group_size=128, spill=32, pages=40, dtype=dtype), (2000, 1, 1500, 95, 1))
     for dtype in (torch.float16, torch.bfloat16)
 ] + [
@@ -47,8 +63,11 @@ LARGE = [
 ]  # fmt: skip
 
 
-def assert_codes_agree(got, expected, bits, rows, contraction, what):
-    got, expected = (unpack_page(words, bits, rows, contraction).int() for words in (got, expected))
+def assert_codes_agree(got, expected, bits, rows, contraction, what, mixed=False):
+    def unpack(words):
+        return unpack_mixed(words, rows, contraction) if mixed else unpack_page(words, bits, rows, contraction)
+
+    got, expected = unpack(got).int(), unpack(expected).int()
     difference = (got - expected).abs()
     assert difference.max() <= 1, what
     assert (difference > 0).float().mean() <= DIFFERENT_CODE_SHARE, what
@@ -79,9 +98,13 @@ def assert_pools_agree(got, expected, capacity):
 def assert_states_agree(got, expected, case):
     pages = [("key", case.key_bits, 128, case.head_dim), ("value", case.value_bits, case.head_dim, 128)]
     for role, bits, rows, contraction in pages:
-        assert_codes_agree(got[f"{role}_codes"], expected[f"{role}_codes"], bits, rows, contraction, role)
+        mixed = role == "key" and case.mixed
+        assert_codes_agree(got[f"{role}_codes"], expected[f"{role}_codes"], bits, rows, contraction, role, mixed)
         for name in (f"{role}_scale", f"{role}_zero_point"):
-            assert_constants_agree(got[name], expected[name], name)
+            if name in expected:
+                assert_constants_agree(got[name], expected[name], name)
+    if case.mixed:
+        assert torch.equal(got["key_order"], expected["key_order"])
     assert torch.equal(got["residual_valid"], expected["residual_valid"])
     assert torch.equal(got["value_residual"], expected["value_residual"])
     if case.scheme == "ott":

@@ -23,6 +23,14 @@ SMALL = [
     (Case(dtype=HALF), (20,), 1, "none"),
     (Case(dtype=HALF), (), 4, "causal"),
 ]
+PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3)
+SMALL += [
+    (Case(**PLUS, head_dim=64, dtype=HALF), (200,), 1, "none"),
+    (Case(**PLUS, batch=2, heads=4, kv_heads=2, head_dim=80, group_size=128, dtype=HALF), (40, 250), 2, "bool"),
+    (Case(**PLUS, heads=3, dtype=FLOAT), (100, 30), 3, "causal"),
+    (Case(**PLUS, value_bits=4, value_group_size=16, head_dim=48, dtype=HALF), (90,), 1, "float"),
+    (Case(symmetric=True, key_bits=4, value_bits=3, dtype=HALF), (90,), 1, "none"),
+]
 LARGE = [
     (
         Case(batch=3, heads=32, kv_heads=8, head_dim=128, group_size=128, pages=40, dtype=dtype),
@@ -39,6 +47,13 @@ LARGE = [
     for bits in (2, 3, 4, 8)
     for head_dim, dtype in ((256, HALF), (80, BFLOAT), (64, FLOAT), (96, HALF))
     for n in (1, 70)
+] + [
+    (
+        Case(**PLUS, batch=3, heads=heads, kv_heads=4, head_dim=head_dim, group_size=group_size, pages=40, dtype=dtype),
+        (2000, 1, 1500, 95), n, kind,
+    )
+    for head_dim, group_size, dtype in ((128, 128, BFLOAT), (64, 128, HALF), (256, 64, BFLOAT), (96, 32, HALF))
+    for heads, n, kind in ((4, 1, "none"), (16, 1, "bool"), (8, 4, "causal"), (4, 200, "causal"))
 ]  # fmt: skip
 
 
@@ -66,17 +81,18 @@ def run_kernel(world, query, key, value, mask, device):
         return None if tensor is None else tensor.to(device)
 
     state = {name: move(tensor) for name, tensor in world.read_state().items()}
-    widths = {"key_bits": world.case.key_bits, "value_bits": world.case.value_bits}
     lengths = move(world.lengths_tensor())
-    result = attend(move(query), move(key), move(value), move(mask), lengths, SITE, 0.3, **state, **widths)
+    result = attend(
+        move(query), move(key), move(value), move(mask), lengths, SITE, 0.3, **state, **world.case.read_options()
+    )
     return result.cpu()
 
 
 def run_definition(world, query, key, value, mask):
-    widths = {"key_bits": world.case.key_bits, "value_bits": world.case.value_bits}
     return affine_read.attend(
-        query, key, value, mask, world.lengths_tensor(), SITE, world.lengths[0], 0.3, **world.read_state(), **widths
-    )
+        query, key, value, mask, world.lengths_tensor(), SITE, world.lengths[0], 0.3,
+        **world.read_state(), **world.case.read_options(),
+    )  # fmt: skip
 
 
 def assert_close(got, expected, dtype):

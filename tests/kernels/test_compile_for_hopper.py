@@ -19,7 +19,9 @@ from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
 from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
 from ottfx.kernels.affine_store import _store_tokens_kernel  # noqa: E402
 from ottfx.kernels.decode_plan import K_WIDTH, LEAN_REGISTERS, TILE, decode_plan  # noqa: E402
+from ottfx.kernels.key_order import _order_channels_kernel  # noqa: E402
 from ottfx.kernels.launch import channel_chunk, next_power_of_2  # noqa: E402
+from ottfx.kernels.rotate import _rotate_kernel  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 pytestmark = [
@@ -32,7 +34,7 @@ POINTERS = {
     "key_codes": "i32", "value_codes": "i32", "lengths": "i64", "residual_valid": "u8", "valid": "i1",
     "replaced": "i8", "outlier_position": "i32", "value_outlier_position": "i32", "spill_count": "i32",
     "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
-    "partial": "fp32", "log_sum": "fp32",
+    "partial": "fp32", "log_sum": "fp32", "key_order": "i16", "order": "i16",
     "codes": "i32", "scale": "fp16", "zero_point": "fp16", "score": "fp32", "hard": "i8",
 }  # fmt: skip
 
@@ -91,7 +93,7 @@ def loop_instructions(compiled, folder):
     return max(loops, key=lambda body: body.count("HMMA"))
 
 
-def decode_constants(head_dim, bits, group_size, rows, mask):
+def decode_constants(head_dim, bits, group_size, rows, mask, plus=False):
     plan = decode_plan(
         pairs=64, num_kv_heads=8, rows=rows, head_dim=head_dim, bits=bits, group_size=group_size, ring_rows=160,
         pages=64,
@@ -101,22 +103,23 @@ def decode_constants(head_dim, bits, group_size, rows, mask):
         "VALUE_BITS": bits[1], "GROUP": group_size, "POOL_ROWS": 35, "MASK": mask, "ONE_MASK": True,
         "SINGLE": plan.single, "COLUMNS": plan.columns, "TILE": TILE, "BLOCK_D": plan.block_d,
         "WINDOW_PARTS": plan.window_parts, "WHOLE_TILES": group_size % TILE == 0, "K_WIDTH": K_WIDTH,
+        "MIXED": plus, "SYMMETRIC": plus,
     }  # fmt: skip
     return constants, plan.max_registers
 
 
-def attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask):
+def attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask, plus=False):
     block_m, block_n, num_warps = tile_sizes(rows, head_dim, bits, dtype == "fp32")
     constants = {
         "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0],
         "VALUE_BITS": bits[1], "GROUP": group_size, "VALUE_GROUPS": value_groups, "POOL_ROWS": 35, "MASK": mask,
         "MASK_FLOOR": -32752.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK_M": block_m,
-        "BLOCK_N": block_n, "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_N": block_n, "BLOCK_D": next_power_of_2(head_dim), "MIXED": plus, "SYMMETRIC": plus,
     }  # fmt: skip
     return constants, num_warps
 
 
-def store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=False):
+def store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=False, plus=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0], "VALUE_BITS": bits[1],
         "GROUP": group_size, "VALUE_GROUPS": value_groups, "KEY_WINDOW": 32, "KEY_STEP": group_size,
@@ -124,7 +127,7 @@ def store_constants(head_dim, bits, group_size, value_groups, traces, write_back
         "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "ENCODED": encoded,
         "KEY_PARTS": head_dim // channel_chunk(head_dim) if encoded else 1, "VALUE_PARTS": 8 if encoded else 1,
         "CHUNK": channel_chunk(head_dim), "BLOCK_HALF": next_power_of_2(head_dim // 2),
-        "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16,
+        "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16, "MIXED": plus, "SYMMETRIC": plus, "SEARCH": plus,
     }  # fmt: skip
 
 
@@ -136,17 +139,18 @@ def select_constants(head_dim, group_size, seats, spill, encoded=False):
     }  # fmt: skip
 
 
-def encode_keys_constants(head_dim, bits, group_size, traces, padded):
+def encode_keys_constants(head_dim, bits, group_size, traces, padded, plus=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "GROUP": group_size, "WINDOW": 32, "STEP": group_size,
         "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces, "CHUNK": min(head_dim, WIDEST_KEY_CHUNK),
+        "MIXED": plus, "SEARCH": plus,
     }  # fmt: skip
 
 
-def encode_values_constants(head_dim, bits, value_groups, padded):
+def encode_values_constants(head_dim, bits, value_groups, padded, plus=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "VALUE_GROUPS": value_groups, "WINDOW": 32, "STEP": 128,
-        "HAS_VALID": padded,
+        "HAS_VALID": padded, "SYMMETRIC": plus, "SEARCH": plus,
     }  # fmt: skip
 
 
@@ -171,18 +175,20 @@ def test_attend_compiles_without_spills(dtype, head_dim, bits, group_size, value
 
 
 @pytest.mark.parametrize(
-    "dtype, head_dim, rows, mask",
+    "dtype, head_dim, rows, mask, plus",
     [
-        ("bf16", 128, 4, False),
-        ("fp16", 128, 1, True),
-        pytest.param("fp16", 64, 8, True, marks=pytest.mark.slow),
-        pytest.param("bf16", 64, 1, False, marks=pytest.mark.slow),
-        pytest.param("bf16", 80, 1, False, marks=pytest.mark.slow),
+        ("bf16", 128, 4, False, False),
+        ("fp16", 128, 1, True, False),
+        ("bf16", 128, 1, False, True),
+        pytest.param("fp16", 64, 8, True, False, marks=pytest.mark.slow),
+        pytest.param("bf16", 64, 1, False, False, marks=pytest.mark.slow),
+        pytest.param("bf16", 80, 1, False, False, marks=pytest.mark.slow),
+        pytest.param("bf16", 128, 4, False, True, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, rows, mask, tmp_path):
-    constants, max_registers = decode_constants(head_dim, (2, 2), 128, rows, mask)
+def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, rows, mask, plus, tmp_path):
+    constants, max_registers = decode_constants(head_dim, (2, 2), 128, rows, mask, plus)
     assert max_registers == LEAN_REGISTERS
     compiled = compile_kernel(_decode_kernel, constants, dtype, 1, maxnreg=max_registers)
     # With a mask, or channels that are padded, some compilers put a few words on the stack.
@@ -246,18 +252,19 @@ def test_selection_compiles(dtype, head_dim, group_size, seats, spill, encoded):
 
 
 @pytest.mark.parametrize(
-    "head_dim, bits, group_size, value_groups, padded",
+    "head_dim, bits, group_size, value_groups, padded, plus",
     [
-        (128, (2, 2), 128, 1, False),
-        pytest.param(128, (4, 4), 64, 4, True, marks=pytest.mark.slow),
-        pytest.param(256, (3, 3), 32, 1, False, marks=pytest.mark.slow),
-        pytest.param(64, (8, 3), 32, 2, True, marks=pytest.mark.slow),
+        (128, (2, 2), 128, 1, False, False),
+        pytest.param(128, (2, 2), 128, 1, False, True, marks=pytest.mark.slow),
+        pytest.param(128, (4, 4), 64, 4, True, False, marks=pytest.mark.slow),
+        pytest.param(256, (3, 3), 32, 1, False, False, marks=pytest.mark.slow),
+        pytest.param(64, (8, 3), 32, 2, True, False, marks=pytest.mark.slow),
     ],
 )
-def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, tmp_path):
-    keys = encode_keys_constants(head_dim, bits[0], group_size, True, padded)
+def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, plus, tmp_path):
+    keys = encode_keys_constants(head_dim, bits[0], group_size, True, padded, plus)
     assert stack_bytes(compile_kernel(_encode_key_pages_kernel, keys, "bf16", KEY_WARPS), tmp_path) <= 16
-    values = encode_values_constants(head_dim, bits[1], value_groups, padded)
+    values = encode_values_constants(head_dim, bits[1], value_groups, padded, plus)
     assert stack_bytes(compile_kernel(_encode_value_pages_kernel, values, "bf16", VALUE_WARPS), tmp_path) <= 16
 
 
@@ -266,7 +273,14 @@ def test_combination_compiles_without_spills(tmp_path):
     assert stack_bytes(compile_kernel(_combine_kernel, constants, "bf16", 4), tmp_path) == 0
 
 
+ORDER = {
+    "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "CAPACITY": 160, "GROUP": 128, "WINDOW": 32, "STEP": 128, "HAS_VALID": True,
+    "BLOCK_D": 128,
+}  # fmt: skip
+ROTATE = {"HEADS": 8, "HEAD_DIM": 128, "SIZE": 128, "BACK": True, "ROWS": 4}
 UNKNOWN_BOUNDS = [
+    (_order_channels_kernel, ORDER),
+    (_rotate_kernel, ROTATE),
     (_select_outliers_kernel, select_constants(128, 128, 3, 32)),
     (_store_tokens_kernel, store_constants(128, (2, 2), 128, 1, True, False)),
     (_combine_kernel, {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}),

@@ -7,7 +7,7 @@ import torch
 from scheme_store import Store, random_tokens, state_difference
 from sequential_oracle import Oracle
 
-from ottfx.affine_read import read_key_pages, read_value_pages
+from ottfx.affine_grids import read_key_pages, read_value_pages
 from ottfx.schemes.ott import OTTConfig
 
 

@@ -13,6 +13,7 @@ from ottfx.registry import get_scheme, make_config, scheme_names
 SMALL = {
     "kivi": {"group_size": 32, "residual_length": 64},
     "ott": {"group_size": 32, "residual_length": 16},
+    "ott+": {"group_size": 32, "residual_length": 16},
     "none": {},
 }
 FLOOR_DB = {2: (15, 7), 3: (22, 14), 4: (29, 20), 8: (53, 45)}
@@ -32,6 +33,11 @@ def filled(
     store = Store(config(scheme, bits, **options), batch_size, heads, head_dim, length + 150, dtype)
     store.append_in_chunks(key, value, sizes or [length])
     return store, key, value
+
+
+def assert_kept(scheme, role, got, expected):
+    """What is in full precision is kept exactly; rotated values, up to the rounding of two rotations."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if scheme == "ott+" and role == "value" else 0)
 
 
 BASIC_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -103,8 +109,10 @@ def test_what_is_read_back_is_close(scheme, bits, head_dim):
         packed = store.packed[role]
         assert 96 <= packed <= 192
         error = (read - exact)[:, :, :packed].square().mean()
+        # One scale for all channels of a rotated token takes no advantage of where its channels lie.
+        floor_db -= 3 if scheme == "ott+" and role == "value" else 0
         assert 10 * math.log10(exact[:, :, :packed].square().mean() / error) > floor_db
-        assert torch.equal(read[:, :, packed:], exact[:, :, packed:]), "the window is exact"
+        assert_kept(scheme, role, read[:, :, packed:], exact[:, :, packed:])
 
 
 def test_more_bits_are_never_worse():
@@ -210,10 +218,10 @@ def test_rewinding_then_appending_again(scheme, length):
     assert store.packed["value"] <= store.packed["key"] <= length or scheme == "none"
     for role, exact in zip(ROLES, (key, value), strict=True):
         expected = before[role][:, :, :length].clone()
-        if scheme == "ott":
+        if scheme in ("ott", "ott+"):
             back = slice(max(store.packed[role], 200 - store.scheme.ring_rows(store.config)), length)
             expected[:, :, back] = exact[:, :, back]
-        torch.testing.assert_close(store.read(role), expected, rtol=0, atol=0)
+        assert_kept(scheme, role, store.read(role), expected)
     if length >= max(packed_before.values()):
         assert store.packed == packed_before
     again = random_tokens(1, 2, 150, 16)
@@ -226,11 +234,11 @@ def test_rewinding_then_appending_again(scheme, length):
     kept = min(*packed_before.values(), length // 32 * 32)
     torch.testing.assert_close(store.read("value")[:, :, :kept], before["value"][:, :, :kept], rtol=0, atol=0)
     window = 150 - max(0, store.packed["value"] - length)
-    assert torch.equal(store.read("value")[:, :, -min(window, 16) :], again[:, :, -min(window, 16) :])
-    if scheme == "ott":
+    assert_kept(scheme, "value", store.read("value")[:, :, -min(window, 16) :], again[:, :, -min(window, 16) :])
+    if scheme in ("ott", "ott+"):
         pool, spill = store.pool_positions(0, 0)
         assert not pool & spill
-        assert max(pool) < store.packed["key"]
+        assert max(pool, default=-1) < store.packed["key"]
         used = store.state["key"]["outlier_position"][0, 0, 3:] >= 0
         assert used.sum() == store.state["key"]["spill_count"][0, 0]
         assert used.long().diff().max() <= 0, "the spill pool has no holes"

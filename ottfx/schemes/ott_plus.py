@@ -1,0 +1,157 @@
+"""`ott+`: OTT with everything that measurements say is worth its bits, and nothing to tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ottfx.mixed_words import AVERAGE_BITS
+from ottfx.ops import affine_append, affine_attend, bind
+from ottfx.registry import register_scheme
+from ottfx.rotation import rotate, rotate_back
+from ottfx.schemes.affine import state_names
+from ottfx.schemes.base import CacheShape, Role, TensorSpec
+from ottfx.schemes.ott import OTT, OTTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OTTPlusConfig(OTTConfig):
+    """Options of OTT with better grids. Each part is a switch; all of them off, and OTT's defaults, is `ott`."""
+
+    scheme = "ott+"
+
+    spill_capacity: int = 3
+    exempt_layers: tuple[int, ...] = ()
+    mixed_keys: bool = True
+    """Whether 2-bit keys have 4, 3, 2 or 1 bits by the range of their channel, 2 on average."""
+    range_search: bool = True
+    """Whether grids may be narrower than the range of their group, where that leaves a smaller error."""
+    rotate_values: bool = True
+    """Whether values are stored after a Hadamard transform; then all channels of a token share one scale."""
+    symmetric_values: bool = True
+    """Whether grids of values are around 0 and have no zero point."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        for name in ("mixed_keys", "range_search", "rotate_values", "symmetric_values"):
+            self.require(name, isinstance(getattr(self, name), bool), "True or False")
+
+    @property
+    def mixes_keys(self) -> bool:
+        """Whether key codes are of mixed widths: switched on, and of 2 bits on average."""
+        return self.mixed_keys and self.widths()[0] == AVERAGE_BITS
+
+    def value_channels(self, head_dim: int) -> int:
+        """Return how many channels of a value token share one scale: all of them if they are rotated."""
+        if self.rotate_values and self.value_group_size is None:
+            return head_dim
+        return super().value_channels(head_dim)
+
+    def describe(self) -> str:
+        """One line, such as `ott+ 2-bit, group 128, residual 32, pool 3+3`, and what is switched off."""
+        switches = ("mixed_keys", "range_search", "rotate_values", "symmetric_values")
+        off = [name for name in switches if not getattr(self, name)]
+        return ", without ".join([super().describe(), *off])
+
+
+def _append(
+    key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int,
+    key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_residual: Tensor, residual_valid: Tensor,
+    outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor, key_order: Tensor,
+    value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_residual: Tensor,
+    outlier_value: Tensor, value_outlier_position: Tensor,
+    key_bits: int, value_bits: int, group_size: int, residual_length: int,
+    outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
+    range_search: bool, rotate_values: bool,
+) -> None:  # fmt: skip
+    affine_append(
+        key, rotate(value) if rotate_values else value, mask, lengths, site,
+        key_codes=key_codes, key_scale=key_scale, key_zero_point=key_zero_point, key_residual=key_residual,
+        residual_valid=residual_valid,
+        value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
+        value_residual=value_residual,
+        outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
+        value_outlier_position=value_outlier_position, spill_count=spill_count, key_order=_order(key_order),
+        key_bits=key_bits, value_bits=value_bits, group_size=group_size,
+        key_window=residual_length, key_step=group_size, value_window=residual_length, value_step=group_size,
+        outlier_capacity=outlier_capacity, score_norm=score_norm, replacement=replacement, mask_replaced=mask_replaced,
+        range_search=range_search,
+    )  # fmt: skip
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, past_length: int,
+    softmax_scale: float,
+    key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_residual: Tensor, residual_valid: Tensor,
+    outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor, key_order: Tensor,
+    value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_residual: Tensor,
+    outlier_value: Tensor, value_outlier_position: Tensor,
+    key_bits: int, value_bits: int, group_size: int, residual_length: int,
+    outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
+    range_search: bool, rotate_values: bool,
+) -> Tensor:  # fmt: skip
+    result = affine_attend(
+        query, key, rotate(value) if rotate_values else value, mask, lengths, site, past_length, softmax_scale,
+        key_codes=key_codes, key_scale=key_scale, key_zero_point=key_zero_point, key_residual=key_residual,
+        value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
+        value_residual=value_residual,
+        outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
+        key_order=_order(key_order), key_bits=key_bits, value_bits=value_bits,
+    )  # fmt: skip
+    return rotate_back(result) if rotate_values else result
+
+
+def _order(key_order: Tensor) -> Tensor | None:
+    return key_order if key_order.shape[-1] else None
+
+
+def _zero_points(value_zero_point: Tensor) -> Tensor | None:
+    return value_zero_point if value_zero_point.shape[3] else None
+
+
+@register_scheme
+class OTTPlus(OTT):
+    """OTT's schedule and pool of outlier tokens, with grids that leave a fraction of its error at fewer bits.
+
+    * Keys: a word holds 16 channels in 4, 3, 2 or 1 bits, the widest channels of a head in the widest elements.
+    * Keys and values: grids are cut where that leaves a smaller error (`ottfx.grid_search`).
+    * Values: rotated by a Hadamard matrix, then a grid around 0 with one scale a token.
+
+    Nothing is calibrated. Reading costs what `ott` costs, but for the rotation of one token and of the result.
+    """
+
+    name = "ott+"
+    config_class = OTTPlusConfig
+    citation = (
+        "Su et al., Accurate KV Cache Quantization with Outlier Tokens Tracing, ACL 2025, arXiv:2505.10938; rotation "
+        "as in Tseng et al., QuIP#, ICML 2024, arXiv:2402.04396."
+    )
+    append_op = bind("ott_plus_append", _append, mutates=state_names(with_pool=True, with_order=True), outline=True)
+    attend_op = bind("ott_plus_attend", _attend, outline=True)
+
+    def state_spec(self, config: OTTConfig, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
+        """Name every state tensor of one half; what a switch makes unnecessary has a size of 0."""
+        assert isinstance(config, OTTPlusConfig)
+        spec = super().state_spec(config, role, shape)
+        if role == "key":
+            order = (shape.batch_size, shape.num_kv_heads, shape.head_dim if config.mixes_keys else 0)
+            spec["key_order"] = TensorSpec(shape=order, dtype=torch.int16, part="tables", fill=-1)
+        elif config.symmetric_values:
+            none = (shape.batch_size, shape.num_kv_heads, shape.pages, 0, spec["value_scale"].shape[-1])
+            spec["value_zero_point"] = TensorSpec(shape=none, dtype=torch.float16, part="scales", paged_dim=2)
+        return spec
+
+    def constants(self, config: OTTConfig) -> tuple[int | bool | str, ...]:
+        """Those of `ott`, then whether ranges are searched and values are rotated."""
+        assert isinstance(config, OTTPlusConfig)
+        return (*super().constants(config), config.range_search, config.rotate_values)
+
+    def read(self, config: OTTConfig, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
+        """Dequantize the first `length` tokens, values rotated back."""
+        assert isinstance(config, OTTPlusConfig)
+        tokens = super().read(config, role, state, packed, length)
+        return rotate_back(tokens) if role == "value" and config.rotate_values else tokens
