@@ -40,6 +40,7 @@ def attend(
     key_order: Tensor | None = None,
     key_bits: int,
     value_bits: int,
+    result_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Attend over stored and new tokens: the section *attend* of docs/storage.md, without a host sync.
 
@@ -69,9 +70,10 @@ def attend(
         key_order: state, if key codes are of mixed widths.
         key_bits: width of a key code: 2, 3, 4 or 8.
         value_bits: width of a value code.
+        result_dtype: of the result; that of `query` if None.
 
     Returns:
-        Shape and dtype of `query`, contiguous. A query that may attend to nothing gives 0.
+        Shape of `query`, contiguous. A query that may attend to nothing gives 0.
     """
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     batch_size, num_heads, q_len, head_dim = query.shape
@@ -81,7 +83,8 @@ def attend(
     pool_rows = 0 if outlier_key is None else outlier_key.shape[2]
     additive = mask is not None and mask.is_floating_point()
     mask_strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
-    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
+    result_dtype = result_dtype or query.dtype
+    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=result_dtype, device=query.device)
     arguments: dict[str, Any] = {
         "query_ptr": query,
         "key_ptr": key,

@@ -57,12 +57,14 @@ def _rotate_kernel(
     tl.store(output_ptr + row[:, None] * HEAD_DIM + channel, x.to(output_ptr.dtype.element_ty), mask=live)
 
 
-def rotate(x: Tensor, back: bool) -> Tensor:
-    """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; the result is contiguous."""
+def rotate(x: Tensor, back: bool, dtype: torch.dtype) -> Tensor:
+    """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; the result is contiguous, of
+    `dtype`.
+    """
     x = dense_rows(x)
     batch_size, heads, q_len, head_dim = x.shape
     size = head_dim & -head_dim
-    output = torch.empty((batch_size, heads, q_len, head_dim), dtype=x.dtype, device=x.device)
+    output = torch.empty((batch_size, heads, q_len, head_dim), dtype=dtype, device=x.device)
     blocks = batch_size * heads * q_len * (head_dim // size)
     rows = max(BLOCK // next_power_of_2(size), 1)
     arguments = {

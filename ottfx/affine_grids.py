@@ -87,9 +87,7 @@ def decide_order(key_order: Tensor, key: Tensor, real: Tensor, due: Due, group_s
     return torch.where(decided, key_order, order_channels(spread).to(key_order.dtype))
 
 
-def read_key_pages(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, key_order: Tensor | None = None
-) -> Tensor:
+def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, mixed: bool = False) -> Tensor:
     """Dequantize whole pages of keys.
 
     Args:
@@ -97,17 +95,19 @@ def read_key_pages(
         scale: fp16 [batch, heads, pages, groups of a page, head_dim]; `zero_point` alike.
         zero_point: see `scale`.
         bits: width of a code.
-        key_order: int16 [batch, heads, head_dim] if the codes are of mixed widths.
+        mixed: whether the codes are of mixed widths.
 
     Returns:
-        fp32 [batch, heads, pages * PAGE, head_dim], channels in their natural order.
+        fp32 [batch, heads, pages * PAGE, head_dim], channels as they are stored.
     """
     groups, head_dim = scale.shape[-2:]
-    unpacked = unpack_page(codes, bits, PAGE, head_dim) if key_order is None else unpack_mixed(codes, PAGE, head_dim)
+    unpacked = unpack_mixed(codes, PAGE, head_dim) if mixed else unpack_page(codes, bits, PAGE, head_dim)
     grouped = unpacked.unflatten(-2, (groups, PAGE // groups))
-    keys = dequantize_affine(grouped, scale, zero_point, dim=-2).flatten(2, 4)
-    if key_order is None:
-        return keys
+    return dequantize_affine(grouped, scale, zero_point, dim=-2).flatten(2, 4)
+
+
+def in_natural_order(keys: Tensor, key_order: Tensor) -> Tensor:
+    """Put stored channels back: `keys` [batch, heads, tokens, head_dim], `key_order` int16 [batch, heads, head_dim]."""
     stored_at = known_order(key_order).argsort(-1)
     return keys.gather(-1, stored_at.unsqueeze(2).expand(keys.shape))
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ottfx.affine_grids import read_key_pages, read_value_pages
+from ottfx.affine_grids import in_natural_order, read_key_pages, read_value_pages
 from ottfx.affine_schedule import ring_positions
+from ottfx.mixed_words import known_order
 from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
 
 
@@ -53,6 +54,7 @@ def attend(
     key_order: Tensor | None = None,
     key_bits: int,
     value_bits: int,
+    result_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Attend over the stored past and the new tokens: the section *attend* of docs/storage.md, in fp32.
 
@@ -79,9 +81,10 @@ def attend(
         key_order: state, if key codes are of mixed widths.
         key_bits: width of a key code; `value_bits` of a value code.
         value_bits: see `key_bits`.
+        result_dtype: of the result; that of `query` if None.
 
     Returns:
-        The shape and dtype of `query`. A query that may see nothing gets 0.
+        The shape of `query`. A query that may see nothing gets 0.
     """
     batch, num_kv_heads, q_len, head_dim = key.shape
     groups = query.shape[1] // num_kv_heads
@@ -101,11 +104,11 @@ def attend(
         key_scale.index_select(2, pages),
         key_zero_point.index_select(2, pages),
         key_bits,
-        key_order,
+        mixed=key_order is not None,
     )
     value_zeros = None if value_zero_point is None else value_zero_point.index_select(2, pages)
     coded_values = read_value_pages(value_codes.index_select(2, pages), scale, value_zeros, value_bits)
-    keys = [coded_keys, torch.where(in_ring, key_residual.float(), 0.0), key.float()]
+    keys = [torch.where(in_ring, key_residual.float(), 0.0), key.float()]
     values = [coded_values, torch.where(in_ring, value_residual.float(), 0.0), value.float()]
     visible = [
         not_marked & (slot < packed),
@@ -121,7 +124,11 @@ def attend(
         visible.append(in_pool)
 
     rows = query.float().reshape(batch, num_kv_heads, groups * q_len, head_dim)
-    scores = rows @ torch.cat(keys, dim=2).transpose(-1, -2) * softmax_scale
+    stored_rows = rows
+    if key_order is not None:
+        stored_rows = rows.gather(-1, known_order(key_order).unsqueeze(2).expand(rows.shape))
+    parts_of_scores = [stored_rows @ coded_keys.transpose(-1, -2), rows @ torch.cat(keys, dim=2).transpose(-1, -2)]
+    scores = torch.cat(parts_of_scores, dim=-1) * softmax_scale
     scores = scores.reshape(batch, num_kv_heads, groups, q_len, -1)
     scores = torch.where(torch.cat(visible, dim=2).unsqueeze(2).unsqueeze(2), scores, -torch.inf)
     bias = _mask_bias(mask, num_kv_heads, groups)
@@ -145,7 +152,7 @@ def attend(
     total = weights.sum(-1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total)
     result = weights.flatten(2, 3) @ torch.cat(values, dim=2)
-    return result.reshape(query.shape).to(query.dtype)
+    return result.reshape(query.shape).to(result_dtype or query.dtype)
 
 
 def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int, start: int, stop: int) -> Tensor:
@@ -171,7 +178,9 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
     # What a scheme has no use for has a size of 0.
     if role == "key":
         order = state.get("key_order")
-        coded = read_key_pages(codes, scale, zero_point, bits, order if order is not None and order.numel() else None)
+        mixed = order is not None and order.shape[-1] > 0
+        coded = read_key_pages(codes, scale, zero_point, bits, mixed=mixed)
+        coded = in_natural_order(coded, order) if order is not None and mixed else coded
     else:
         coded = read_value_pages(codes, scale, zero_point if zero_point.shape[3] else None, bits)
     coded = coded.narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)

@@ -43,17 +43,18 @@ def _is_odd(bits: Tensor) -> Tensor:
 
 def rotate(x: Tensor) -> Tensor:
     """Return `x` [batch, heads, tokens, head_dim] rotated, in its dtype."""
+    return _rotated(x, False, x.dtype)
+
+
+def rotate_back(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the inverse of `rotate`, in `dtype`."""
+    return _rotated(x, True, dtype)
+
+
+def _rotated(x: Tensor, back: bool, dtype: torch.dtype) -> Tensor:
     if x.is_cuda:
         from ottfx.kernels.rotate import rotate as launch
 
-        return launch(x, back=False)
-    return (x.float() @ rotation(x.shape[-1], x.device)).to(x.dtype)
-
-
-def rotate_back(x: Tensor) -> Tensor:
-    """Return the inverse of `rotate`, in the dtype of `x`."""
-    if x.is_cuda:
-        from ottfx.kernels.rotate import rotate as launch
-
-        return launch(x, back=True)
-    return (x.float() @ rotation(x.shape[-1], x.device).T).to(x.dtype)
+        return launch(x, back, dtype)
+    matrix = rotation(x.shape[-1], x.device)
+    return (x.float() @ (matrix.T if back else matrix)).to(dtype)

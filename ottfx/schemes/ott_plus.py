@@ -101,8 +101,9 @@ def _attend(
         value_residual=value_residual,
         outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
         key_order=_order(key_order), key_bits=key_bits, value_bits=value_bits,
+        result_dtype=torch.float32 if rotate_values else None,
     )  # fmt: skip
-    return rotate_back(result) if rotate_values else result
+    return rotate_back(result, query.dtype) if rotate_values else result
 
 
 def _order(key_order: Tensor) -> Tensor | None:
@@ -154,4 +155,4 @@ class OTTPlus(OTT):
         """Dequantize the first `length` tokens, values rotated back."""
         assert isinstance(config, OTTPlusConfig)
         tokens = super().read(config, role, state, packed, length)
-        return rotate_back(tokens) if role == "value" and config.rotate_values else tokens
+        return rotate_back(tokens, tokens.dtype) if role == "value" and config.rotate_values else tokens

@@ -152,7 +152,7 @@ def test_the_rotation_is_orthogonal_and_spreads_one_channel_over_its_block(head_
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(head_dim), atol=1e-5, rtol=0)
     assert set(matrix.abs().count_nonzero(-1).tolist()) == {block_size(head_dim)}
     x = torch.randn(2, 3, 7, head_dim)
-    torch.testing.assert_close(rotate_back(rotate(x)), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotate_back(rotate(x), x.dtype), x, atol=1e-5, rtol=1e-5)
     # Not the plain Hadamard matrix, to which a constant token is one channel.
     assert rotate(torch.ones(1, 1, 1, head_dim)).abs().max() < 0.8 * block_size(head_dim) ** 0.5
 
