@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
     "attention": (attention.steps, "python -m benchmarks.attention"),
     "attention-widths": (attention.widths, "python -m benchmarks.attention"),
+    "attention-schemes": (attention.schemes, "python -m benchmarks.attention --only '*/2b-g128-[cp]*'"),
     "attention-queries": (attention.queries, "python -m benchmarks.attention"),
     "attention-headline": (attention.headline, "python -m benchmarks.attention"),
     "append": (append.packing, "python -m benchmarks.append"),

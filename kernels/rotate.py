@@ -58,9 +58,7 @@ def _rotate_kernel(
 
 
 def rotate(x: Tensor, back: bool, dtype: torch.dtype) -> Tensor:
-    """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; the result is contiguous, of
-    `dtype`.
-    """
+    """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; contiguous, of `dtype`."""
     x = dense_rows(x)
     batch_size, heads, q_len, head_dim = x.shape
     size = head_dim & -head_dim

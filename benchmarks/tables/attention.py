@@ -59,6 +59,20 @@ def widths(rows: Sequence[Row]) -> str:
     return table(["heads x channels", "batch x length", "codes", "complete op, us (GB/s)", "speed-up"], cells)
 
 
+def schemes(rows: Sequence[Row]) -> str:
+    """The complete op of `ott` and of `ott+`."""
+    cells = []
+    for group in groups([row for row in rows if row["query"] == "q1"], "shape", "workload"):
+        whats = _by_what(group)
+        plain, plus = (whats.get(f"{BASELINE}-{part}") for part in ("complete", "plus"))
+        if plain is None or plus is None:
+            continue
+        ratio = float(plus["us"]) / float(plain["us"])
+        times = [number(row["us"], "{:.1f}") for row in (plain, plus)]
+        cells.append([heads(plain), size(plain["workload"]), *times, f"{ratio - 1:+.1%}"])
+    return table(["heads x channels", "batch x length", "`ott`, us", "`ott+`, us", "difference"], cells)
+
+
 def queries(rows: Sequence[Row]) -> str:
     """The complete op at several numbers of new tokens."""
     columns = sorted({row["query"] for row in rows}, key=lambda query: int(query[1:]))

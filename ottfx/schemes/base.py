@@ -105,6 +105,7 @@ class Scheme(ABC, Generic[Config]):
         It may have more columns, up to the capacity `pages * PAGE`; what they hold means nothing.
         Its last query row says which of the new tokens are real: a token that the last query may not see is
         padding, and padding takes no part in ranges, pools or means.
+        Append ops of affine schemes may get bool `[batch, q_len]` instead: which of the new tokens are real.
     `lengths`: int64 `[num_sites, 3]` on the cache's device; row `site` is (past_length, key_packed, value_packed):
         tokens stored, and how many of them are codes, before this call. Kernels read lengths only from here.
     `past_length`: the same number as a (symbolic) int, for the CPU path to slice by, or `ANY_LENGTH`: then the whole

@@ -30,6 +30,7 @@ SCHEMES = {
     "none": {},
     "kivi": {"group_size": 32, "residual_length": 32},
     "ott": {"group_size": 32, "residual_length": 32, "exempt_layers": (0,)},
+    "ott+": {"group_size": 32, "residual_length": 32},
 }
 
 

@@ -82,12 +82,13 @@ def test_plain_decoder():
         torch.testing.assert_close(eager.step(chunk, seen, cache), want[:, -1:], rtol=1e-4, atol=1e-4)
 
 
-def test_quantized_programs_do_what_the_compiled_model_does():
+@pytest.mark.parametrize("scheme", ["ott", "ott+"])
+def test_quantized_programs_do_what_the_compiled_model_does(scheme):
     model = tiny_model("llama")
-    eager = Eager(model, call_transformers, "ott", exempt_layers=())
+    eager = Eager(model, call_transformers, scheme, exempt_layers=())
     tokens, mask = random_tokens(2, 340), torch.ones(2, 340, dtype=torch.int64)
     cache = ProgramCache.allocate(eager.programs["decode"].sites, 2)
-    compiled = ottfx.compile(model, scheme="ott", exempt_layers=(), lower="eager")
+    compiled = ottfx.compile(model, scheme=scheme, exempt_layers=(), lower="eager")
     past = None
     for chunk, seen in chunks_of(tokens, mask, [300, 1, 38, 1]):
         with torch.no_grad():

@@ -25,7 +25,7 @@ def generate(model, ids, new_tokens, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["all", "padded"])
-@pytest.mark.parametrize("scheme", ["ott", "kivi", "none"])
+@pytest.mark.parametrize("scheme", ["ott", "ott+", "kivi", "none"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_same_tokens_through_growth(family, scheme, padded):
     model, ids = tiny_model(family).cuda(), random_tokens(2, 100).cuda()

@@ -184,7 +184,7 @@ def test_inference_mode_then_no_grad():
         twin(ids[:, :1], past_key_values=got.past_key_values)
 
 
-@pytest.mark.parametrize("scheme", ["kivi", "ott"])
+@pytest.mark.parametrize("scheme", ["kivi", "ott", "ott+"])
 def test_more_bits_agree_longer(scheme):
     """8 bits agree with full precision over a stretch that covers several groups; 2 bits hold fewer bytes."""
     reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme, bits=8, group_size=32, residual_length=32)
