@@ -29,9 +29,9 @@ SMALL += [
     (Case(range_search=True, key_bits=4, value_bits=4, value_group_size=16), (100,)),
 ]
 WHOLE_PAGES = [
-    (Case(**PLUS, batch=2, pages=6), (600, 40, 100)),
-    (Case(**PLUS, group_size=128, head_dim=64, kv_heads=2, pages=8, dtype=torch.bfloat16), (40, 900)),
-    (Case(range_search=True, key_bits=3, value_bits=4, value_group_size=16, pages=6), (400,)),
+    (Case(**PLUS, batch=2, pages=4), (300, 40)),
+    (Case(**PLUS, group_size=128, head_dim=64, pages=5, dtype=torch.bfloat16), (40, 450)),
+    (Case(range_search=True, key_bits=3, value_bits=4, value_group_size=16, pages=4), (200,)),
     (Case(pages=6), (600, 40, 100)),
     (Case(batch=2, kv_heads=2, key_bits=3, value_bits=3, value_group_size=16, pages=6, dtype=torch.float16),
      (300, 290)),
