@@ -11,7 +11,7 @@ from torch import Tensor
 from ottfx.kernels.affine_encode import _encode_key_pages_kernel, _encode_value_pages_kernel
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
-from ottfx.kernels.key_order import _order_channels_kernel
+from ottfx.kernels.key_order import order_channels
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2
 
 PAGE = 128
@@ -230,23 +230,6 @@ def append(
         arguments = pack | dict(zip(("key_items", "value_items", "ring_items"), items, strict=True))
         grid = (torch.sym_min(batch_size * num_kv_heads * sum(items), MOST_STORING),)
         launch(_store_tokens_kernel, grid, arguments, num_warps=4, num_stages=1)
-
-
-def order_channels(common: dict[str, Any], key_order: Tensor, window: int, step: int) -> None:
-    """Decide the order of the channels of heads that have none yet, if this call packs a real token of theirs."""
-    names = (
-        "key_ptr", "valid_ptr", "lengths_ptr", "key_residual_ptr", "residual_valid_ptr",
-        "stride_key_batch", "stride_key_head", "stride_key_token", "site", "q_len", "pairs",
-        "NUM_KV_HEADS", "HEAD_DIM", "CAPACITY", "GROUP", "HAS_VALID",
-    )  # fmt: skip
-    arguments = {name: common[name] for name in names} | {
-        "key_order_ptr": key_order,
-        "WINDOW": window,
-        "STEP": step,
-        "BLOCK_D": next_power_of_2(common["HEAD_DIM"]),
-    }
-    grid = (torch.sym_min(common["pairs"], MOST_SELECTING),)
-    launch(_order_channels_kernel, grid, arguments, num_warps=4, num_stages=1)
 
 
 def _encode(

@@ -1,11 +1,19 @@
-"""Kernel that orders the channels of keys by their range (docs/storage.md, `Mixed words`)."""
+"""Kernel and launcher that order the channels of keys by their range (docs/storage.md, `Mixed words`)."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ottfx.kernels.launch import launch, next_power_of_2
 from ottfx.kernels.packing import make_finite
 from ottfx.kernels.window import load_real, load_tokens, packed_end
 
+MOST_PROGRAMS = 264
+"""Programs of the launch: two rounds of what an H100 runs at once. Each takes several heads in turn."""
 TOKENS = tl.constexpr(16)
 """Tokens that are looked at together."""
 # Nibble i is the i-th element of a word, the widest first.
@@ -69,3 +77,27 @@ def _order_channels_kernel(
                 stored = rank % STRIPS * 16 + element.to(tl.int32)
                 ranked = (65535 - (ranked & 65535)).to(tl.int16)
                 tl.store(order_ptr + stored, ranked, mask=rank < HEAD_DIM)
+
+
+def order_channels(append: Mapping[str, Any], key_order: Tensor, window: int, step: int) -> None:
+    """Decide the order of the channels of heads that have none yet, if this call packs a real token of theirs.
+
+    Args:
+        append: arguments that the kernels of the append share.
+        key_order: int16 [batch, num_kv_heads, head_dim], -1 where nothing is decided; mutated.
+        window: newest tokens that stay in full precision.
+        step: tokens that are packed together.
+    """
+    names = (
+        "key_ptr", "valid_ptr", "lengths_ptr", "key_residual_ptr", "residual_valid_ptr",
+        "stride_key_batch", "stride_key_head", "stride_key_token", "site", "q_len", "pairs",
+        "NUM_KV_HEADS", "HEAD_DIM", "CAPACITY", "GROUP", "HAS_VALID",
+    )  # fmt: skip
+    arguments = {name: append[name] for name in names} | {
+        "key_order_ptr": key_order,
+        "WINDOW": window,
+        "STEP": step,
+        "BLOCK_D": next_power_of_2(append["HEAD_DIM"]),
+    }
+    grid = (torch.sym_min(append["pairs"], MOST_PROGRAMS),)
+    launch(_order_channels_kernel, grid, arguments, num_warps=4, num_stages=1)
