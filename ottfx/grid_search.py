@@ -3,8 +3,8 @@
 A wide range makes every step wide. Cutting off the ends costs those few members more than rounding, and saves all the
 others some: the best of a few candidates is taken, group by group, when codes are made. Reading them costs the same.
 
-Source: range search on an L_p error, as in weight quantization (e.g. arXiv:1905.11452, section 3); p is 4 for keys, as
-a softmax punishes large errors most, and 2 for values, which are averaged.
+Source: clipping chosen by an L_p error, as in post-training quantization of weights (arXiv:1911.07190). p is 4 for
+keys, as a softmax punishes large errors most, and 2 for values, which are averaged.
 """
 
 from __future__ import annotations
