@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 
 void require(bool holds, const std::string& message) {
   if (!holds) {

@@ -175,7 +175,7 @@ def test_no_operator_of_ottfx_is_left_in_the_package(artifact):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"format_version": 2}, "format_version must be 1. Got 2."),
+        ({"format_version": 3}, "format_version must be 2. Got 3."),
         ({"device_type": "cuda"}, "must be an artifact for the CPU. Got one for 'cuda'."),
         ({"versions": {"torch": "1.9.1"}}, "Got 1.9.1. Export the model again here."),
         ({"cpu_isa": "x86_64 avx4096"}, "was made for a CPU with avx4096"),

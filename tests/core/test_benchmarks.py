@@ -38,8 +38,11 @@ def run(module, tmp_path, *arguments):
 def test_attention(tmp_path):
     rows = run(attention, tmp_path, *only("*/2x256/q1/*"))
     assert [row["what"] for row in rows[:3]] == ["sdpa-math", "2b-g128-packed", "2b-g128-complete"]
-    assert len(rows) == 1 + 3 * 3 * 2
-    peer, packed, complete = rows[:3]
+    assert len(rows) == 1 + 3 * 3 * 2 + 1
+    peer, packed, complete, plus = rows[:4]
+    assert plus["what"] == "2b-g128-plus"
+    # Its values have no zero point.
+    assert float(plus["bytes_a_token_and_head"]) < float(complete["bytes_a_token_and_head"])
     assert float(peer["bytes_a_token_and_head"]) == 2 * 16 * 4
     # Codes, key constants of 16 channels by 128 tokens, value constants.
     assert float(packed["bytes_a_token_and_head"]) == 2 * 16 * 2 / 8 + 4 * 16 / 128 + 4
