@@ -226,8 +226,9 @@ def attend_packed(
         weight = tl.exp2(scores * score_unit[None, None, :] - new_max[None, None, :])
         row_max = new_max
         # The value of code 0.
-        lowest = value_scale * (-0.5 * ((1 << VALUE_BITS) - 1))
-        if not SYMMETRIC:
+        if SYMMETRIC:
+            lowest = value_scale * (-0.5 * ((1 << VALUE_BITS) - 1))
+        else:
             lowest = value_zero_point.to(tl.float32)
         weight_zero = weight * spread(lowest, SINGLE, COLUMNS)
         row_sum = row_sum * decay[None, :] + tl.sum(tl.reshape(weight, [TILE // 8, 8, SEEN]), axis=0)

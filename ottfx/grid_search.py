@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ottfx.reference import FINITE_MAX, make_finite, round_to_half
+from ottfx.reference import FINITE_MAX, group_range, make_finite, reciprocal, round_to_half
 
 CANDIDATES = 7
 CUT = 5 / 64
@@ -39,11 +39,7 @@ def search_affine(
         codes uint8 of the shape of `x`; scale and zero_point fp16 of the shape of `x` without `dim`.
     """
     x = make_finite(x)
-    takes_part = torch.ones_like(x, dtype=torch.bool) if taking_part is None else taking_part.expand(x.shape)
-    low = torch.where(takes_part, x, torch.inf).amin(dim, keepdim=True)
-    high = torch.where(takes_part, x, -torch.inf).amax(dim, keepdim=True)
-    empty = low == torch.inf
-    low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+    low, high = group_range(x, dim, taking_part)
     cut = torch.where(levels == 1, CUT_OF_ONE_BIT / 2, CUT / 2)
     best_scale = best_zero_point = best_error = torch.zeros_like(low)
     for candidate in range(candidates):
@@ -51,7 +47,9 @@ def search_affine(
         zero_point = round_to_half(low + margin)
         scale = round_to_half(((high - margin - zero_point) / levels).clamp(0.0, FINITE_MAX))
         error = _steps(x, scale, zero_point, levels).round() * scale + zero_point - x
-        square = torch.where(takes_part, error * error, 0.0)
+        square = error * error
+        if taking_part is not None:
+            square = torch.where(taking_part, square, 0.0)
         total = (square * square).sum(dim, keepdim=True)
         better = total < best_error if candidate else torch.ones_like(total, dtype=torch.bool)
         best_error = torch.where(better, total, best_error)
@@ -62,8 +60,7 @@ def search_affine(
 
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
-    per_step = scale.masked_fill(scale == 0, torch.inf).reciprocal()
-    return torch.minimum(((x - zero_point) * per_step).clamp(min=0.0), levels)
+    return torch.minimum(((x - zero_point) * reciprocal(scale)).clamp(min=0.0), levels)
 
 
 def search_symmetric(x: Tensor, bits: int, dim: int = -1, candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
@@ -96,8 +93,7 @@ def search_symmetric(x: Tensor, bits: int, dim: int = -1, candidates: int = CAND
 
 
 def _symmetric_steps(x: Tensor, scale: Tensor, levels: int) -> Tensor:
-    per_step = scale.masked_fill(scale == 0, torch.inf).reciprocal()
-    return (x * per_step + levels / 2).clamp(0, levels)
+    return (x * reciprocal(scale) + levels / 2).clamp(0, levels)
 
 
 def dequantize_symmetric(codes: Tensor, scale: Tensor, bits: int, dim: int = -1) -> Tensor:

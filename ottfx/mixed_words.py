@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ottfx.reference import to_int32
+
 ELEMENTS = 16
 HALF_WIDTHS = (4, 3, 2, 1, 2, 2, 1, 1)
 """Bits of the elements of either half of a word, from its low end on. The first four fill the mantissa of a float16."""
@@ -66,8 +68,7 @@ def pack_mixed(codes: Tensor) -> Tensor:
     """
     shift = torch.tensor(POSITIONS, device=codes.device)
     words = (codes.unflatten(-1, (-1, ELEMENTS)).long() << shift).sum(-1)
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return words.transpose(-1, -2).flatten(-2)
+    return to_int32(words).transpose(-1, -2).flatten(-2)
 
 
 def unpack_mixed(words: Tensor, rows: int, contraction: int) -> Tensor:

@@ -46,6 +46,24 @@ def round_to_half(x: Tensor) -> Tensor:
     return torch.round(x / spacing) * spacing
 
 
+def group_range(x: Tensor, dim: int, taking_part: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest member of groups along `dim`, kept as a size of 1; 0 where none takes part.
+
+    `x` is finite fp32; `taking_part` is bool, broadcastable to `x`, or None for all.
+    """
+    if taking_part is None:
+        return x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    low = torch.where(taking_part, x, torch.inf).amin(dim, keepdim=True)
+    high = torch.where(taking_part, x, -torch.inf).amax(dim, keepdim=True)
+    empty = low == torch.inf
+    return low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """Return `1 / scale`, 0 where the scale is 0."""
+    return scale.masked_fill(scale == 0, torch.inf).reciprocal()
+
+
 def quantize_affine(
     x: Tensor, bits: int, dim: int = -1, taking_part: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,17 +84,11 @@ def quantize_affine(
         happens before the codes are computed.
     """
     x = make_finite(x)
-    if taking_part is None:
-        low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    else:
-        low = torch.where(taking_part, x, torch.inf).amin(dim, keepdim=True)
-        high = torch.where(taking_part, x, -torch.inf).amax(dim, keepdim=True)
-        empty = low == torch.inf
-        low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+    low, high = group_range(x, dim, taking_part)
     levels = 2**bits - 1
     zero_point = round_to_half(low)
     scale = round_to_half(((high - zero_point) / levels).clamp(0.0, FINITE_MAX))
-    steps = (x - zero_point) * scale.masked_fill(scale == 0, torch.inf).reciprocal()
+    steps = (x - zero_point) * reciprocal(scale)
     codes = torch.round(steps).clamp(0, levels).to(torch.uint8)
     return codes, scale.squeeze(dim).half(), zero_point.squeeze(dim).half()
 
@@ -98,8 +110,8 @@ def _bit_positions(per_word: int, width: int, device: torch.device) -> Tensor:
     return (width * (element // 2) + 16 * (element % 2)).to(torch.int32)
 
 
-def _to_int32(words: Tensor) -> Tensor:
-    # An int64 in [0, 2**32) becomes the int32 with the same bits.
+def to_int32(words: Tensor) -> Tensor:
+    """Return the int32 with the same bits as int64 numbers in [0, 2**32)."""
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
@@ -116,7 +128,7 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
         per_word = 32 // width
         neighbours = codes.reshape(*lead, rows, contraction // per_word, per_word).long()
         words = (neighbours << _bit_positions(per_word, width, codes.device)).sum(-1)
-    return _to_int32(words).transpose(-1, -2).flatten(-2)
+    return to_int32(words).transpose(-1, -2).flatten(-2)
 
 
 def _unpack_plane(words: Tensor, width: int, rows: int, contraction: int) -> Tensor:

@@ -16,6 +16,9 @@ from ottfx.schemes.affine import state_names
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
 from ottfx.schemes.ott import OTT, OTTConfig
 
+SWITCHES = ("mixed_keys", "range_search", "rotate_values", "symmetric_values")
+"""The options that are parts of the scheme, each on or off."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OTTPlusConfig(OTTConfig):
@@ -37,7 +40,7 @@ class OTTPlusConfig(OTTConfig):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        for name in ("mixed_keys", "range_search", "rotate_values", "symmetric_values"):
+        for name in SWITCHES:
             self.require(name, isinstance(getattr(self, name), bool), "True or False")
 
     @property
@@ -53,8 +56,7 @@ class OTTPlusConfig(OTTConfig):
 
     def describe(self) -> str:
         """One line, such as `ott+ 2-bit, group 128, residual 32, pool 3+3`, and what is switched off."""
-        switches = ("mixed_keys", "range_search", "rotate_values", "symmetric_values")
-        off = [name for name in switches if not getattr(self, name)]
+        off = [name for name in SWITCHES if not getattr(self, name)]
         return ", without ".join([super().describe(), *off])
 
 
