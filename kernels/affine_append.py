@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.kernels.affine_encode import _encode_key_pages_kernel, _encode_value_pages_kernel
+from ottfx.kernels.affine_encode import VALUE_WARPS, _encode_key_pages_kernel, _encode_value_pages_kernel, key_tile
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.key_order import order_channels
@@ -24,10 +24,6 @@ MOST_STORING = 792
 """Programs of a launch that store tokens: two rounds of what an H100 runs at once. Each takes several items in turn."""
 MOST_SELECTING = 264
 """Programs of a launch that select outliers, likewise."""
-WIDEST_KEY_CHUNK = 64
-"""Channels of a page of keys that a program of the encoder holds at once."""
-KEY_WARPS, VALUE_WARPS = 4, 4
-"""Warps of a program of the encoders; benchmarks/results/encode_kernels_h100.csv has what was tried."""
 
 
 def append(
@@ -52,6 +48,8 @@ def append(
     value_outlier_position: Tensor | None = None,
     spill_count: Tensor | None = None,
     key_order: Tensor | None = None,
+    key_residual_scale: Tensor | None = None,
+    value_residual_scale: Tensor | None = None,
     key_bits: int,
     value_bits: int,
     group_size: int,
@@ -90,6 +88,8 @@ def append(
         value_outlier_position: state of the pool.
         spill_count: state of the pool.
         key_order: state, if key codes are of mixed widths.
+        key_residual_scale: state, if the window is in 8 bits; then keys and values have one schedule.
+        value_residual_scale: see `key_residual_scale`.
         key_bits: width of a key code: 2, 3, 4 or 8.
         value_bits: width of a value code.
         group_size: tokens of a key group: 32, 64 or 128.
@@ -128,7 +128,9 @@ def append(
         "replaced_ptr": replaced,
         "hard_ptr": hard,
         "key_residual_ptr": key_residual,
+        "key_row_scale_ptr": lengths if key_residual_scale is None else key_residual_scale,
         "value_residual_ptr": value_residual,
+        "value_row_scale_ptr": lengths if value_residual_scale is None else value_residual_scale,
         "residual_valid_ptr": residual_valid,
         "stride_key_batch": key.stride(0),
         "stride_key_head": key.stride(1),
@@ -253,6 +255,7 @@ def _encode(
         )
     } | {"pages": key_codes.shape[2]}
     grid = (common["pairs"] * common["most_pages"],)
+    chunk, num_warps = key_tile(common["HEAD_DIM"], codes["SEARCH"])
     keys = shared | {name: common[name] for name in common if name.startswith("stride_key")}
     keys |= {
         "key_ptr": common["key_ptr"],
@@ -270,9 +273,9 @@ def _encode(
         "STEP": steps[0],
         "NORM": norm if traces else 1,
         "HAS_OUTLIERS": traces,
-        "CHUNK": min(common["HEAD_DIM"], WIDEST_KEY_CHUNK),
+        "CHUNK": chunk,
     }
-    launch(_encode_key_pages_kernel, grid, keys, num_warps=KEY_WARPS, num_stages=1)
+    launch(_encode_key_pages_kernel, grid, keys, num_warps=num_warps, num_stages=1)
     values = shared | {name: common[name] for name in common if name.startswith("stride_value")}
     values |= {
         "value_ptr": common["value_ptr"],

@@ -38,6 +38,8 @@ def attend(
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
     key_order: Tensor | None = None,
+    key_residual_scale: Tensor | None = None,
+    value_residual_scale: Tensor | None = None,
     key_bits: int,
     value_bits: int,
     result_dtype: torch.dtype | None = None,
@@ -68,6 +70,8 @@ def attend(
         outlier_position: state of the pool.
         outlier_value: state of the pool.
         key_order: state, if key codes are of mixed widths.
+        key_residual_scale: state, if the window is in 8 bits; `value_residual_scale` alike.
+        value_residual_scale: see `key_residual_scale`.
         key_bits: width of a key code: 2, 3, 4 or 8.
         value_bits: width of a value code.
         result_dtype: of the result; that of `query` if None.
@@ -98,7 +102,9 @@ def attend(
         "value_codes_ptr": value_codes,
         "value_scale_ptr": value_scale,
         "value_zero_point_ptr": value_scale if value_zero_point is None else value_zero_point,
+        "key_row_scale_ptr": lengths if key_residual_scale is None else key_residual_scale,
         "value_residual_ptr": value_residual,
+        "value_row_scale_ptr": lengths if value_residual_scale is None else value_residual_scale,
         "outlier_key_ptr": outlier_key if pool_rows else key_residual,
         "outlier_position_ptr": outlier_position if pool_rows else lengths,
         "outlier_value_ptr": outlier_value if pool_rows else value_residual,

@@ -20,8 +20,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 )  # fmt: skip
 def _decode_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
-    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr,
-    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, key_row_scale_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, value_row_scale_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, key_order_ptr, partial_ptr, log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
@@ -77,7 +77,8 @@ def _decode_kernel(
     else:
         attend_window(
             pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,
-            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr,
+            value_residual_ptr, value_row_scale_ptr,
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,

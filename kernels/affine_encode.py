@@ -27,6 +27,17 @@ from ottfx.kernels.packing import (
 )
 from ottfx.kernels.window import packed_end
 
+VALUE_WARPS = 4
+"""Warps of a program that encodes values; benchmarks/results/encode_kernels_h100.csv has what was tried."""
+
+
+def key_tile(head_dim: int, range_search: bool) -> tuple[int, int]:
+    """Return (channels of a page of keys that a program of the encoder holds at once, its warps).
+
+    The table is in benchmarks/results/encode_kernels_h100.csv; a search keeps more of each element in registers.
+    """
+    return (min(head_dim, 32), 8) if range_search else (min(head_dim, 64), 4)
+
 
 @triton.jit
 def _third_bit_plane(bits):

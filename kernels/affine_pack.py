@@ -69,8 +69,8 @@ def due_halves(due, HALF: tl.constexpr, STRIPS: tl.constexpr):
 
 @triton.jit
 def pack_key_page(
-    pair, page, channel_start, key_ptr, stride_key_token, ring_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
-    order_ptr, codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
+    pair, page, channel_start, key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, valid_ptr, ring_valid_ptr,
+    replaced_ptr, order_ptr, codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
     BITS: tl.constexpr, MIXED: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -84,8 +84,9 @@ def pack_key_page(
     levels = tl.broadcast_to(key_levels(channel, BITS, MIXED)[None, :], [GROUPS, CHUNK])
     # [PAGE, CHUNK]
     x = load_tokens(
-        key_ptr, stride_key_token, ring_ptr, token, past, due, source, channel < HEAD_DIM, CAPACITY, HEAD_DIM
-    )
+        key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, token, past, due, source, channel < HEAD_DIM,
+        CAPACITY, HEAD_DIM,
+    )  # fmt: skip
     real = load_real(valid_ptr, ring_valid_ptr, token, past, due, CAPACITY, HAS_VALID)
     kept = real
     if HAS_OUTLIERS:
@@ -179,7 +180,7 @@ def _store_value_codes(
 
 @triton.jit
 def pack_value_strip(
-    pair, page, strip, value_ptr, stride_value_token, ring_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
+    pair, page, strip, value_ptr, stride_value_token, ring_ptr, ring_scale_ptr, valid_ptr, ring_valid_ptr, replaced_ptr,
     codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
     VALUE_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -196,7 +197,9 @@ def pack_value_strip(
     token = page * PAGE + row
     due = (token >= packed) & (token < end)
     # [16, COLUMNS]
-    x = load_tokens(value_ptr, stride_value_token, ring_ptr, token, past, due, channel, in_row, CAPACITY, HEAD_DIM)
+    x = load_tokens(
+        value_ptr, stride_value_token, ring_ptr, ring_scale_ptr, token, past, due, channel, in_row, CAPACITY, HEAD_DIM
+    )
     x = make_finite(x)
     real = load_real(valid_ptr, ring_valid_ptr, token, past, due, CAPACITY, HAS_VALID)
     if HAS_OUTLIERS:
@@ -212,8 +215,9 @@ def pack_value_strip(
                 if MEAN_OF_REST:
                     member = member & (tl.load(replaced_ptr + (other - packed), mask=member, other=0) == 0)
                 rows = load_tokens(
-                    value_ptr, stride_value_token, ring_ptr, other, past, member, channel, in_row, CAPACITY, HEAD_DIM
-                )
+                    value_ptr, stride_value_token, ring_ptr, ring_scale_ptr, other, past, member, channel, in_row,
+                    CAPACITY, HEAD_DIM,
+                )  # fmt: skip
                 total += tl.sum(make_finite(rows), axis=0)
                 count += tl.sum(member.to(tl.int32), axis=0)
             mean = tl.div_rn(total, tl.maximum(count, 1).to(tl.float32) + tl.zeros([COLUMNS], tl.float32))

@@ -12,15 +12,16 @@ from ottfx.kernels.window import load_real, load_tokens, packed_end
 
 @triton.jit
 def _token_scores(
-    key_ptr, stride_key_token, ring_ptr, token, past, live,
+    key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, token, past, live,
     NORM: tl.constexpr, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([TOKENS], tl.float32)
     for start in tl.range(0, HEAD_DIM, CHUNK):
         channel = start + tl.arange(0, CHUNK)
         x = load_tokens(
-            key_ptr, stride_key_token, ring_ptr, token, past, live, channel, channel < HEAD_DIM, CAPACITY, HEAD_DIM
-        )
+            key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, token, past, live, channel, channel < HEAD_DIM,
+            CAPACITY, HEAD_DIM,
+        )  # fmt: skip
         x = make_finite(x)
         if NORM == 1:
             total += tl.sum(tl.abs(x), axis=1)
@@ -33,13 +34,14 @@ def _token_scores(
 
 @triton.jit
 def _load_seats(
-    pool_ptr, new_ptr, stride_new_token, ring_ptr, position, origin, live, past, channel, in_row,
+    pool_ptr, new_ptr, stride_new_token, ring_ptr, ring_scale_ptr, position, origin, live, past, channel, in_row,
     CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     # A seat's row is still where its token came from: old seat `origin`, or, where that is -1, the window.
     fresh = load_tokens(
-        new_ptr, stride_new_token, ring_ptr, position, past, live & (origin < 0), channel, in_row, CAPACITY, HEAD_DIM
-    )
+        new_ptr, stride_new_token, ring_ptr, ring_scale_ptr, position, past, live & (origin < 0), channel, in_row,
+        CAPACITY, HEAD_DIM,
+    )  # fmt: skip
     # [SEATS, CHUNK]
     stored = tl.load(
         pool_ptr + origin[:, None] * HEAD_DIM + channel[None, :],
@@ -51,15 +53,15 @@ def _load_seats(
 
 @triton.jit
 def _copy_seats(
-    pool_ptr, new_ptr, stride_new_token, ring_ptr, position, origin, live, row, past,
+    pool_ptr, new_ptr, stride_new_token, ring_ptr, ring_scale_ptr, position, origin, live, row, past,
     CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(0, HEAD_DIM, CHUNK):
         channel = start + tl.arange(0, CHUNK)
         in_row = channel < HEAD_DIM
         rows = _load_seats(
-            pool_ptr, new_ptr, stride_new_token, ring_ptr, position, origin, live, past, channel, in_row,
-            CAPACITY, HEAD_DIM,
+            pool_ptr, new_ptr, stride_new_token, ring_ptr, ring_scale_ptr, position, origin, live, past, channel,
+            in_row, CAPACITY, HEAD_DIM,
         )  # fmt: skip
         # The rows read above may be the rows written below.
         tl.debug_barrier()
@@ -69,7 +71,8 @@ def _copy_seats(
 
 @triton.jit
 def _select_in_head(
-    pair, key_ptr, value_ptr, valid_ptr, key_residual_ptr, value_residual_ptr, residual_valid_ptr,
+    pair, key_ptr, value_ptr, valid_ptr, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
+    residual_valid_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, value_outlier_position_ptr, spill_count_ptr, replaced_ptr,
     score_ptr, hard_ptr, stride_key_token, stride_value_token, past, key_packed, key_end,
     HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr, SEATS: tl.constexpr, SPILL: tl.constexpr,
@@ -85,7 +88,7 @@ def _select_in_head(
     origin = seat
     # With past = 0 and the seat numbers as tokens the pool itself is read as if it were new tokens.
     pool_score = _token_scores(
-        outlier_key_ptr, HEAD_DIM, outlier_key_ptr, seat, 0, position >= 0,
+        outlier_key_ptr, HEAD_DIM, outlier_key_ptr, key_row_scale_ptr, seat, 0, position >= 0,
         NORM, CAPACITY, HEAD_DIM, CHUNK, BLOCK_SEATS,
     )  # fmt: skip
     spilled = tl.load(spill_count_ptr + pair)
@@ -116,7 +119,7 @@ def _select_in_head(
                 else:
                     real = load_real(valid_ptr, residual_valid_ptr, token, past, token >= 0, CAPACITY, HAS_VALID)
                     score = _token_scores(
-                        key_ptr, stride_key_token, key_residual_ptr, token, past, real,
+                        key_ptr, stride_key_token, key_residual_ptr, key_row_scale_ptr, token, past, real,
                         NORM, CAPACITY, HEAD_DIM, CHUNK, GROUP,
                     )  # fmt: skip
                 seated = position >= 0
@@ -148,12 +151,12 @@ def _select_in_head(
                         moved_origin = tl.sum(tl.where(moves, origin[None, :], 0), axis=1)
                         row = first_row + seat
                         _copy_seats(
-                            outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, moved_position, moved_origin,
-                            moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
+                            outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, key_row_scale_ptr,
+                            moved_position, moved_origin, moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
                         )  # fmt: skip
                         _copy_seats(
-                            outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, moved_position,
-                            moved_origin, moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
+                            outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, value_row_scale_ptr,
+                            moved_position, moved_origin, moved, row, past, CAPACITY, HEAD_DIM, CHUNK,
                         )  # fmt: skip
                         tl.store(outlier_position_ptr + row, moved_position, mask=moved)
                         tl.store(value_outlier_position_ptr + row, moved_position, mask=moved)
@@ -186,12 +189,12 @@ def _select_in_head(
     if changed > 0:
         live = (seat < SEATS) & (position >= 0)
         _copy_seats(
-            outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, position, origin, live, seat, past,
-            CAPACITY, HEAD_DIM, CHUNK,
+            outlier_key_ptr, key_ptr, stride_key_token, key_residual_ptr, key_row_scale_ptr, position, origin, live,
+            seat, past, CAPACITY, HEAD_DIM, CHUNK,
         )  # fmt: skip
         _copy_seats(
-            outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, position, origin, live, seat,
-            past, CAPACITY, HEAD_DIM, CHUNK,
+            outlier_value_ptr, value_ptr, stride_value_token, value_residual_ptr, value_row_scale_ptr, position, origin,
+            live, seat, past, CAPACITY, HEAD_DIM, CHUNK,
         )  # fmt: skip
         tl.store(outlier_position_ptr + seat, position, mask=seat < SEATS)
         tl.store(value_outlier_position_ptr + seat, position, mask=seat < SEATS)
@@ -199,7 +202,8 @@ def _select_in_head(
 
 @triton.jit(do_not_specialize=["site", "q_len", "flags_per_head", "most_pages", "pairs"])
 def _select_outliers_kernel(
-    key_ptr, value_ptr, valid_ptr, lengths_ptr, key_residual_ptr, value_residual_ptr, residual_valid_ptr,
+    key_ptr, value_ptr, valid_ptr, lengths_ptr, key_residual_ptr, key_row_scale_ptr, value_residual_ptr,
+    value_row_scale_ptr, residual_valid_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, value_outlier_position_ptr, spill_count_ptr, replaced_ptr,
     score_ptr, hard_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
@@ -225,7 +229,9 @@ def _select_outliers_kernel(
             value_ptr + batch * stride_value_batch + head * stride_value_head,
             valid_ptr + batch * q_len,
             key_residual_ptr + pair * CAPACITY * HEAD_DIM,
+            key_row_scale_ptr + pair * CAPACITY,
             value_residual_ptr + pair * CAPACITY * HEAD_DIM,
+            value_row_scale_ptr + pair * CAPACITY,
             residual_valid_ptr + batch * CAPACITY,
             outlier_key_ptr + pair * (SEATS + SPILL) * HEAD_DIM,
             outlier_position_ptr + pair * (SEATS + SPILL),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ottfx.kernels.packing import PAGE, load_key_codes, load_value_codes
+from ottfx.kernels.window import load_rows
 
 
 @triton.jit
@@ -44,28 +45,23 @@ def _accumulate(scores, value, row_max, row_sum, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend_dense(
-    query, key_ptr, stride_key_token, value_ptr, stride_value_token, row, live, column,
+    query, key_ptr, key_row_scale_ptr, stride_key_token, value_ptr, value_row_scale_ptr, stride_value_token,
+    row, live, column,
     mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # `row` int32 [BLOCK_N] counts from where the pointers are.
     channel = tl.arange(0, BLOCK_D)
-    # [BLOCK_D, BLOCK_N]
-    key = tl.load(
-        key_ptr + row[None, :] * stride_key_token + channel[:, None],
-        mask=live[None, :] & (channel < HEAD_DIM)[:, None],
-        other=0.0,
-    )
-    scores = tl.dot(query, key.to(query.dtype), input_precision=PRECISION)
+    in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
+    # [BLOCK_N, BLOCK_D]
+    key = load_rows(key_ptr, key_row_scale_ptr, row[:, None] * stride_key_token + channel[None, :], row, in_row, live)
+    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
     scores = _masked_scores(
         scores, mask_row_ptr, stride_mask_token, column, live, live_rows, softmax_scale, MASK, MASK_FLOOR
     )
-    # [BLOCK_N, BLOCK_D]
-    value = tl.load(
-        value_ptr + row[:, None] * stride_value_token + channel[None, :],
-        mask=live[:, None] & (channel < HEAD_DIM)[None, :],
-        other=0.0,
+    value = load_rows(
+        value_ptr, value_row_scale_ptr, row[:, None] * stride_value_token + channel[None, :], row, in_row, live
     )
     return _accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
 
@@ -132,8 +128,8 @@ def _load_values(
 )  # fmt: skip
 def _attend_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
-    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr,
-    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, key_row_scale_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, value_row_scale_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, key_order_ptr, partial_ptr, log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
@@ -231,10 +227,13 @@ def _attend_kernel(
     else:
         ring_key_ptr = key_residual_ptr + pair * CAPACITY * HEAD_DIM
         ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM
+        key_row_scale_ptr += pair * CAPACITY
+        value_row_scale_ptr += pair * CAPACITY
         for start in tl.range(packed, past, BLOCK_N):
             token = start + column
             row_max, row_sum, acc = _attend_dense(
-                query, ring_key_ptr, HEAD_DIM, ring_value_ptr, HEAD_DIM, token % CAPACITY, token < past, token,
+                query, ring_key_ptr, key_row_scale_ptr, HEAD_DIM, ring_value_ptr, value_row_scale_ptr, HEAD_DIM,
+                token % CAPACITY, token < past, token,
                 mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
                 HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
             )  # fmt: skip
@@ -245,7 +244,7 @@ def _attend_kernel(
                 seat = start + column
                 position = tl.load(outlier_position_ptr + pair * POOL_ROWS + seat, mask=seat < POOL_ROWS, other=-1)
                 row_max, row_sum, acc = _attend_dense(
-                    query, pool_key_ptr, HEAD_DIM, pool_value_ptr, HEAD_DIM,
+                    query, pool_key_ptr, key_row_scale_ptr, HEAD_DIM, pool_value_ptr, value_row_scale_ptr, HEAD_DIM,
                     seat, (position >= 0) & (position < past), position,
                     mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
                     HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
@@ -256,8 +255,9 @@ def _attend_kernel(
             token = start + column
             first = tl.cast(start, tl.int64)
             row_max, row_sum, acc = _attend_dense(
-                query, new_key_ptr + first * stride_key_token, stride_key_token,
-                new_value_ptr + first * stride_value_token, stride_value_token, column, token < q_len, past + token,
+                query, new_key_ptr + first * stride_key_token, key_row_scale_ptr, stride_key_token,
+                new_value_ptr + first * stride_value_token, value_row_scale_ptr, stride_value_token,
+                column, token < q_len, past + token,
                 mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
                 HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
             )  # fmt: skip

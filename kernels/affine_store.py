@@ -5,14 +5,14 @@ import triton.language as tl
 
 from ottfx.kernels.affine_pack import pack_key_page, pack_value_strip
 from ottfx.kernels.packing import PAGE, load_key_code
-from ottfx.kernels.window import packed_end
+from ottfx.kernels.window import encode_rows, packed_end
 
 
 @triton.jit
 def _write_ring_rows(
     batch, head, pair, item, key_ptr, value_ptr, valid_ptr, stride_key_token, stride_value_token,
-    key_residual_ptr, value_residual_ptr, residual_valid_ptr, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-    past, q_len, pages, decoded_start, decoded_end,
+    key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr, residual_valid_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, past, q_len, pages, decoded_start, decoded_end,
     KEY_BITS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
     HAS_VALID: tl.constexpr, WRITE_BACK: tl.constexpr, BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,15 @@ def _write_ring_rows(
         # [RING_ROWS, BLOCK_D]
         key = tl.load(key_ptr + source * stride_key_token + channel, mask=live, other=0.0)
         value = tl.load(value_ptr + source * stride_value_token + channel, mask=live, other=0.0)
-        key = key.to(key_residual_ptr.dtype.element_ty)
-        tl.store(value_residual_ptr + target, value.to(value_residual_ptr.dtype.element_ty), mask=live)
+        if key_residual_ptr.dtype.element_ty == tl.int8:
+            key, key_row_scale = encode_rows(key)
+            value, value_row_scale = encode_rows(value)
+            tl.store(key_row_scale_ptr + ring_row, key_row_scale, mask=is_new)
+            tl.store(value_row_scale_ptr + ring_row, value_row_scale, mask=is_new)
+        else:
+            key = key.to(key_residual_ptr.dtype.element_ty)
+            value = value.to(value_residual_ptr.dtype.element_ty)
+        tl.store(value_residual_ptr + target, value, mask=live)
         if WRITE_BACK:
             decoded = (token >= decoded_start) & (token < decoded_end)
             live_decoded = decoded[:, None] & (channel < HEAD_DIM)
@@ -79,8 +86,8 @@ def _is_left(hard_ptr, page, past, end, ENCODED: tl.constexpr):
 )  # fmt: skip
 def _store_tokens_kernel(
     key_ptr, value_ptr, valid_ptr, lengths_ptr, replaced_ptr, hard_ptr,
-    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, residual_valid_ptr,
-    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, key_order_ptr,
+    key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, key_row_scale_ptr, residual_valid_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, value_row_scale_ptr, key_order_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     site, q_len, flags_per_head, most_pages, pages, pairs, key_items, value_items, ring_items,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
@@ -118,6 +125,8 @@ def _store_tokens_kernel(
         ring_valid_ptr = residual_valid_ptr + batch * CAPACITY
         ring_key_ptr = key_residual_ptr + pair * CAPACITY * HEAD_DIM
         ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM
+        key_scales_ptr = key_row_scale_ptr + pair * CAPACITY
+        value_scales_ptr = value_row_scale_ptr + pair * CAPACITY
         flags_ptr = replaced_ptr + pair * flags_per_head
         pair_hard_ptr = hard_ptr + pair * most_pages
         if item < key_items:
@@ -126,7 +135,7 @@ def _store_tokens_kernel(
                 for index in tl.range(item * KEY_PARTS, item * KEY_PARTS + KEY_PARTS):
                     channel_start = tl.cast(index, tl.int32) % (HEAD_DIM // CHUNK) * CHUNK
                     pack_key_page(
-                        pair, page, channel_start, new_key_ptr, stride_key_token, ring_key_ptr,
+                        pair, page, channel_start, new_key_ptr, stride_key_token, ring_key_ptr, key_scales_ptr,
                         new_valid_ptr, ring_valid_ptr, flags_ptr, key_order_ptr, key_codes_ptr, key_scale_ptr,
                         key_zero_point_ptr, past, key_packed, key_end, pages,
                         KEY_BITS, MIXED, SEARCH, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST,
@@ -141,15 +150,16 @@ def _store_tokens_kernel(
                     if (strip * 16 < value_end) & (strip * 16 + 16 > value_packed):
                         pack_value_strip(
                             pair, page, strip % (PAGE // 16), new_value_ptr, stride_value_token, ring_value_ptr,
-                            new_valid_ptr, ring_valid_ptr, flags_ptr, value_codes_ptr, value_scale_ptr,
-                            value_zero_point_ptr, past, value_packed, value_end, pages,
+                            value_scales_ptr, new_valid_ptr, ring_valid_ptr, flags_ptr, value_codes_ptr,
+                            value_scale_ptr, value_zero_point_ptr, past, value_packed, value_end, pages,
                             VALUE_BITS, SYMMETRIC, SEARCH, GROUP, VALUE_GROUPS,
                             HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST, MARK, BLOCK_HALF,
                         )  # fmt: skip
         else:
             _write_ring_rows(
                 batch, head, pair, item - key_items - value_items, new_key_ptr, new_value_ptr, new_valid_ptr,
-                stride_key_token, stride_value_token, ring_key_ptr, ring_value_ptr, ring_valid_ptr,
+                stride_key_token, stride_value_token, ring_key_ptr, key_scales_ptr, ring_value_ptr, value_scales_ptr,
+                ring_valid_ptr,
                 key_codes_ptr, key_scale_ptr, key_zero_point_ptr, past, q_len, pages,
                 tl.maximum(key_packed, value_end), key_end,
                 KEY_BITS, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, WRITE_BACK, BLOCK_D, RING_ROWS,

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ottfx.kernels.window import load_rows
+
 NOTHING_SEEN = tl.constexpr(-1e30)
 LN_2 = tl.constexpr(0.6931471805599453)
 DENSE_TILE = tl.constexpr(16)
@@ -26,7 +28,8 @@ def store_part(
 
 @triton.jit
 def _attend_dense(
-    query, key_ptr, stride_key_token, value_ptr, stride_value_token, row, live, column,
+    query, key_ptr, key_row_scale_ptr, stride_key_token, value_ptr, value_row_scale_ptr, stride_value_token,
+    row, live, column,
     mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +37,10 @@ def _attend_dense(
     channel = tl.arange(0, BLOCK_D)
     in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
     # [DENSE_TILE, BLOCK_D]
-    key = tl.load(key_ptr + row[:, None] * stride_key_token + channel[None, :], mask=in_row, other=0.0)
-    value = tl.load(value_ptr + row[:, None] * stride_value_token + channel[None, :], mask=in_row, other=0.0)
+    key = load_rows(key_ptr, key_row_scale_ptr, row[:, None] * stride_key_token + channel[None, :], row, in_row, live)
+    value = load_rows(
+        value_ptr, value_row_scale_ptr, row[:, None] * stride_value_token + channel[None, :], row, in_row, live
+    )
     scores = tl.dot(key.to(query.dtype), query) * score_factor
     seen = live[:, None] & live_columns[None, :]
     if MASK:
@@ -53,7 +58,7 @@ def _attend_dense(
 @triton.jit
 def attend_window(
     pair, batch, head, part, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
-    slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+    slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_token,
@@ -74,11 +79,14 @@ def attend_window(
     step = tl.arange(0, DENSE_TILE)
     ring_key_ptr = key_residual_ptr + pair * CAPACITY * HEAD_DIM
     ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM
+    key_row_scale_ptr += pair * CAPACITY
+    value_row_scale_ptr += pair * CAPACITY
     first = packed + part * WINDOW_SHARE
     for start in tl.range(first, tl.minimum(first + WINDOW_SHARE, past), DENSE_TILE):
         token = start + step
         row_max, row_sum, acc = _attend_dense(
-            query, ring_key_ptr, HEAD_DIM, ring_value_ptr, HEAD_DIM, token % CAPACITY, token < past, token,
+            query, ring_key_ptr, key_row_scale_ptr, HEAD_DIM, ring_value_ptr, value_row_scale_ptr, HEAD_DIM,
+            token % CAPACITY, token < past, token,
             mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
             HEAD_DIM, BLOCK_D, MASK,
         )  # fmt: skip
@@ -87,8 +95,8 @@ def attend_window(
             seat = start + step
             position = tl.load(outlier_position_ptr + pair * POOL_ROWS + seat, mask=seat < POOL_ROWS, other=-1)
             row_max, row_sum, acc = _attend_dense(
-                query, outlier_key_ptr + pair * POOL_ROWS * HEAD_DIM, HEAD_DIM,
-                outlier_value_ptr + pair * POOL_ROWS * HEAD_DIM, HEAD_DIM,
+                query, outlier_key_ptr + pair * POOL_ROWS * HEAD_DIM, key_row_scale_ptr, HEAD_DIM,
+                outlier_value_ptr + pair * POOL_ROWS * HEAD_DIM, value_row_scale_ptr, HEAD_DIM,
                 seat, (position >= 0) & (position < past), position,
                 mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
                 HEAD_DIM, BLOCK_D, MASK,
@@ -98,8 +106,9 @@ def attend_window(
         for start in tl.range(0, q_len, DENSE_TILE):
             token = start + step
             row_max, row_sum, acc = _attend_dense(
-                query, new_key_ptr, stride_key_token, new_value_ptr, stride_value_token, token, token < q_len,
-                past + token, mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor,
-                row_max, row_sum, acc, HEAD_DIM, BLOCK_D, MASK,
+                query, new_key_ptr, key_row_scale_ptr, stride_key_token, new_value_ptr, value_row_scale_ptr,
+                stride_value_token, token, token < q_len, past + token,
+                mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
+                HEAD_DIM, BLOCK_D, MASK,
             )  # fmt: skip
     store_part(acc, row_max, row_sum, partial_ptr, log_sum_ptr, slot, channel, live_columns, HEAD_DIM)

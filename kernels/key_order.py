@@ -22,7 +22,7 @@ WIDEST_FIRST = tl.constexpr(0xFEDC76BA98543210 - (1 << 64))
 
 @triton.jit(do_not_specialize=["site", "q_len", "pairs"])
 def _order_channels_kernel(
-    key_ptr, valid_ptr, lengths_ptr, key_residual_ptr, residual_valid_ptr, key_order_ptr,
+    key_ptr, valid_ptr, lengths_ptr, key_residual_ptr, key_row_scale_ptr, residual_valid_ptr, key_order_ptr,
     stride_key_batch, stride_key_head, stride_key_token, site, q_len, pairs,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, STEP: tl.constexpr, HAS_VALID: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -61,8 +61,8 @@ def _order_channels_kernel(
                     # [TOKENS, BLOCK_D]
                     x = load_tokens(
                         key_ptr + batch * stride_key_batch + pair % NUM_KV_HEADS * stride_key_head, stride_key_token,
-                        key_residual_ptr + pair * CAPACITY * HEAD_DIM, token, past, real, channel, channel < HEAD_DIM,
-                        CAPACITY, HEAD_DIM,
+                        key_residual_ptr + pair * CAPACITY * HEAD_DIM, key_row_scale_ptr + pair * CAPACITY,
+                        token, past, real, channel, channel < HEAD_DIM, CAPACITY, HEAD_DIM,
                     )  # fmt: skip
                     x = make_finite(x)
                     low = tl.minimum(low, tl.min(tl.where(real[:, None], x, float("inf")), axis=0))
@@ -89,7 +89,7 @@ def order_channels(append: Mapping[str, Any], key_order: Tensor, window: int, st
         step: tokens that are packed together.
     """
     names = (
-        "key_ptr", "valid_ptr", "lengths_ptr", "key_residual_ptr", "residual_valid_ptr",
+        "key_ptr", "valid_ptr", "lengths_ptr", "key_residual_ptr", "key_row_scale_ptr", "residual_valid_ptr",
         "stride_key_batch", "stride_key_head", "stride_key_token", "site", "q_len", "pairs",
         "NUM_KV_HEADS", "HEAD_DIM", "CAPACITY", "GROUP", "HAS_VALID",
     )  # fmt: skip

@@ -1,7 +1,14 @@
-"""Device functions on the tokens that are not codes yet: the ring of stored ones and the new ones of this call."""
+"""Device functions on the tokens that are not packed yet: the ring of stored ones and the new ones of this call.
+
+A ring of int8 has one scale a token (docs/storage.md, *Window in 8 bits*); the pointer to them means nothing otherwise.
+"""
 
 import triton
 import triton.language as tl
+
+from ottfx.kernels.packing import ROUND_MAGIC, make_finite, reciprocal
+
+HIGHEST_ROW_CODE = tl.constexpr(127.0)
 
 
 @triton.jit
@@ -11,22 +18,46 @@ def packed_end(length, packed, WINDOW: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
+def load_rows(ring_ptr, scale_ptr, offset, scale_index, mask, live):
+    """Stored tokens at `offset` [N, C], float32; `scale_index` and `live` [N] are those of their scales."""
+    rows = tl.load(ring_ptr + offset, mask=mask, other=0).to(tl.float32)
+    if ring_ptr.dtype.element_ty == tl.int8:
+        rows *= tl.load(scale_ptr + scale_index, mask=live, other=0.0).to(tl.float32)[:, None]
+    return rows
+
+
+@triton.jit
+def encode_rows(rows):
+    """Tokens [N, C] as codes int8 [N, C], and their scales float16 [N]."""
+    rows = make_finite(rows)
+    largest = tl.max(tl.abs(rows), axis=1)
+    scale = tl.div_rn(largest, tl.full(largest.shape, HIGHEST_ROW_CODE, tl.float32)).to(tl.float16)
+    codes = rows * reciprocal(scale)[:, None] + ROUND_MAGIC - ROUND_MAGIC
+    return tl.minimum(tl.maximum(codes, -HIGHEST_ROW_CODE), HIGHEST_ROW_CODE).to(tl.int8), scale
+
+
+@triton.jit
 def load_tokens(
-    new_ptr, stride_new_token, ring_ptr, token, past, live, channel, in_row,
+    new_ptr, stride_new_token, ring_ptr, ring_scale_ptr, token, past, live, channel, in_row,
     CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Rows of `token` int32 [N] as float32 [N, C]: from the ring before `past`, from the new tokens after.
 
-    `new_ptr` and `ring_ptr` point to this (sequence, kv head); rows not `live` and channels not `in_row` give 0.
+    `new_ptr`, `ring_ptr` and `ring_scale_ptr` point to this (sequence, kv head). Rows not `live` and channels not
+    `in_row` give 0.
     """
     is_new = token >= past
     new_offset = (token - past).to(tl.int64)[:, None] * stride_new_token + channel[None, :]
     # [N, C]
     new = tl.load(new_ptr + new_offset, mask=(live & is_new)[:, None] & in_row[None, :], other=0.0).to(tl.float32)
-    ring_offset = (token % CAPACITY)[:, None] * HEAD_DIM + channel[None, :]
+    ring_row = token % CAPACITY
+    is_old = live & (token < past)
     # [N, C]
-    old = tl.load(ring_ptr + ring_offset, mask=(live & (token < past))[:, None] & in_row[None, :], other=0.0)
-    return tl.where(is_new[:, None], new, old.to(tl.float32))
+    old = load_rows(
+        ring_ptr, ring_scale_ptr, ring_row[:, None] * HEAD_DIM + channel[None, :], ring_row,
+        is_old[:, None] & in_row[None, :], is_old,
+    )  # fmt: skip
+    return tl.where(is_new[:, None], new, old)
 
 
 @triton.jit

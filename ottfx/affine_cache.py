@@ -19,6 +19,7 @@ from ottfx.mixed_words import known_order
 from ottfx.outlier_pool import trace_outliers
 from ottfx.reference import dequantize_affine, make_finite
 from ottfx.schemes.base import is_always, new_positions
+from ottfx.window_rows import decode_rows, encode_rows
 
 
 def token_validity(mask: Tensor | None, lengths: Tensor, site: int, q_len: int, batch_size: int) -> Tensor | None:
@@ -45,7 +46,7 @@ def token_validity(mask: Tensor | None, lengths: Tensor, site: int, q_len: int, 
 
 
 def _gather(ring: Tensor, new: Tensor, index: Tensor, dim: int = 2) -> Tensor:
-    return torch.cat([ring, new], dim=dim).index_select(dim, index)
+    return torch.cat([ring, new.to(ring.dtype)], dim=dim).index_select(dim, index)
 
 
 def append(
@@ -70,6 +71,8 @@ def append(
     value_outlier_position: Tensor | None = None,
     spill_count: Tensor | None = None,
     key_order: Tensor | None = None,
+    key_residual_scale: Tensor | None = None,
+    value_residual_scale: Tensor | None = None,
     key_bits: int,
     value_bits: int,
     group_size: int,
@@ -106,6 +109,8 @@ def append(
         value_outlier_position: state of the pool.
         spill_count: state of the pool.
         key_order: state, if key codes are of mixed widths; then keys and values have one schedule.
+        key_residual_scale: state, if the window is in 8 bits; then keys and values have one schedule.
+        value_residual_scale: see `key_residual_scale`.
         key_bits: width of a key code; `value_bits` of a value code.
         value_bits: see `key_bits`.
         group_size: tokens of a key group.
@@ -135,8 +140,10 @@ def append(
         due_values = due_range(past, value_packed, q_len, value_window, value_step, capacity)
         value_index = window_index(due_values.offsets(), past, ring_rows, q_len)
         real_values = _gather(residual_valid, valid, value_index, dim=1).unsqueeze(1) != 0
-    window_key = _gather(key_residual, key, key_index)
-    window_value = _gather(value_residual, value, value_index)
+    held_key = decode_rows(key_residual, key_residual_scale)
+    held_value = decode_rows(value_residual, value_residual_scale)
+    window_key = _gather(held_key, key, key_index)
+    window_value = _gather(held_value, value, value_index)
 
     kept = mean_of = in_range = real_keys
     value_rows, marked = make_finite(window_value), None
@@ -169,7 +176,7 @@ def append(
         seen = due_keys.start + torch.arange(due_keys.bound + key_window, device=key.device)
         seen_index = window_index(seen, past, ring_rows, q_len)
         seen_real = (_gather(residual_valid, valid, seen_index, dim=1) != 0) & (seen < past + q_len)
-        seen_key = _gather(key_residual, key, seen_index)
+        seen_key = _gather(held_key, key, seen_index)
         new_order = decide_order(key_order, seen_key, seen_real, due_keys, group_size, key_window)
         order = known_order(new_order)
     coded_keys = code_keys(
@@ -188,7 +195,13 @@ def append(
 
     held = ring_positions(past + q_len, ring_rows)
     is_new, newest = held >= past, (held - past).clamp(0, q_len - 1)
-    new_ring = torch.where(is_new.unsqueeze(-1), key.index_select(2, newest), key_residual)
+    new_key, new_value = key.index_select(2, newest), value.index_select(2, newest)
+    if key_residual_scale is not None and value_residual_scale is not None:
+        new_key, new_key_scale = encode_rows(new_key)
+        new_value, new_value_scale = encode_rows(new_value)
+        key_residual_scale.copy_(torch.where(is_new, new_key_scale, key_residual_scale))
+        value_residual_scale.copy_(torch.where(is_new, new_value_scale, value_residual_scale))
+    new_ring = torch.where(is_new.unsqueeze(-1), new_key, key_residual)
     if not together:
         is_due, offset = due_keys.locate(held)
         decoded = dequantize_affine(*coded_keys, dim=3).flatten(2, 3).index_select(2, offset)
@@ -205,7 +218,7 @@ def append(
         value_codes, value_scale, value_zero_point,
     )  # fmt: skip
     key_residual.copy_(new_ring)
-    value_residual.copy_(torch.where(is_new.unsqueeze(-1), value.index_select(2, newest), value_residual))
+    value_residual.copy_(torch.where(is_new.unsqueeze(-1), new_value, value_residual))
     residual_valid.copy_(torch.where(is_new, valid.index_select(1, newest), residual_valid))
     if key_order is not None:
         key_order.copy_(new_order)
@@ -236,8 +249,12 @@ def append_to_ring(
         state: keyword operands of `append`; the ring is written.
     """
     row = (lengths[site, 0] + torch.arange(key.shape[2], device=key.device)) % state["key_residual"].shape[2]
-    state["key_residual"].index_copy_(2, row, key)
-    state["value_residual"].index_copy_(2, row, value)
+    for role, rows in (("key", key), ("value", value)):
+        scale_of_row = state.get(f"{role}_residual_scale")
+        if scale_of_row is not None:
+            rows, scale = encode_rows(rows)
+            scale_of_row.index_copy_(2, row, scale)
+        state[f"{role}_residual"].index_copy_(2, row, rows)
     if valid is None:
         state["residual_valid"].index_fill_(1, row, 1)
     else:

@@ -15,6 +15,7 @@ from ottfx.affine_grids import in_natural_order, read_key_pages, read_value_page
 from ottfx.affine_schedule import ring_positions
 from ottfx.mixed_words import known_order
 from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
+from ottfx.window_rows import decode_rows, encode_rows, present
 
 
 def _mask_bias(mask: Tensor | None, num_kv_heads: int, groups: int) -> Tensor | None:
@@ -52,6 +53,8 @@ def attend(
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
     key_order: Tensor | None = None,
+    key_residual_scale: Tensor | None = None,
+    value_residual_scale: Tensor | None = None,
     key_bits: int,
     value_bits: int,
     result_dtype: torch.dtype | None = None,
@@ -79,6 +82,8 @@ def attend(
         outlier_position: state of the pool.
         outlier_value: state of the pool.
         key_order: state, if key codes are of mixed widths.
+        key_residual_scale: state, if the window is in 8 bits; `value_residual_scale` alike.
+        value_residual_scale: see `key_residual_scale`.
         key_bits: width of a key code; `value_bits` of a value code.
         value_bits: see `key_bits`.
         result_dtype: of the result; that of `query` if None.
@@ -108,8 +113,11 @@ def attend(
     )
     value_zeros = None if value_zero_point is None else value_zero_point.index_select(2, pages)
     coded_values = read_value_pages(value_codes.index_select(2, pages), scale, value_zeros, value_bits)
-    keys = [torch.where(in_ring, key_residual.float(), 0.0), key.float()]
-    values = [coded_values, torch.where(in_ring, value_residual.float(), 0.0), value.float()]
+    ring_key, ring_value = (
+        torch.where(in_ring, decode_rows(codes, scale_of_row).float(), 0.0)
+        for codes, scale_of_row in ((key_residual, key_residual_scale), (value_residual, value_residual_scale))
+    )
+    keys, values = [ring_key, key.float()], [coded_values, ring_value, value.float()]
     visible = [
         not_marked & (slot < packed),
         in_ring.squeeze(-1).expand(batch, num_kv_heads, -1),
@@ -169,7 +177,8 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
     Returns:
         [batch, num_kv_heads, stop - start, head_dim].
     """
-    residual = state[f"{role}_residual"]
+    residual, row_scale = state[f"{role}_residual"], present(state.get(f"{role}_residual_scale"))
+    dtype = residual.dtype if row_scale is None else state[f"outlier_{role}"].dtype
     first_page = start // PAGE
     count = -(-stop // PAGE) - first_page
     codes, scale, zero_point = (
@@ -183,10 +192,13 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
         coded = in_natural_order(coded, order) if order is not None and mixed else coded
     else:
         coded = read_value_pages(codes, scale, zero_point if zero_point.shape[3] else None, bits)
-    coded = coded.narrow(2, start - first_page * PAGE, stop - start).to(residual.dtype)
+    coded = coded.narrow(2, start - first_page * PAGE, stop - start).to(dtype)
     position = torch.arange(start, stop, device=coded.device)
-    ring = residual.index_select(2, torch.remainder(position, residual.shape[2]))
-    dense = torch.where((position >= packed).unsqueeze(-1), ring, coded)
+    row = torch.remainder(position, residual.shape[2])
+    ring = decode_rows(
+        residual.index_select(2, row), row_scale if row_scale is None else row_scale.index_select(2, row)
+    )
+    dense = torch.where((position >= packed).unsqueeze(-1), ring.to(dtype), coded)
     if f"outlier_{role}" not in state:
         return dense
     pool = state[f"outlier_{role}"]
@@ -232,7 +244,12 @@ def rewind(
     if remaining < overwritten:
         residual = state[f"{role}_residual"]
         row = torch.remainder(torch.arange(remaining, overwritten, device=residual.device), residual.shape[2])
-        residual.index_copy_(2, row, read_tokens(role, state, bits, packed, remaining, overwritten))
+        rows = read_tokens(role, state, bits, packed, remaining, overwritten)
+        row_scale = present(state.get(f"{role}_residual_scale"))
+        if row_scale is not None:
+            rows, scale = encode_rows(rows)
+            row_scale.index_copy_(2, row, scale)
+        residual.index_copy_(2, row, rows)
         if role == "key":
             state["residual_valid"].index_fill_(1, row, 1)
     if f"outlier_{role}" in state:

@@ -126,9 +126,9 @@ def bootstrap_interval(
 def formula_bits(scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheShape, length: int) -> float:
     """Compute the effective bits of an element of one half of a layer's cache, as papers count them.
 
-    Codes and scales of the packed tokens, 16 bits for each element in full precision (whatever the model's dtype;
-    averaged over the phases of a flush), and the pools as if they were full. Room that is allocated but
-    not needed at this length does not count; what is really held is `ottfx.memory_footprint`'s business.
+    Codes and scales of the packed tokens, what the window stores of the others (16 bits where that is full precision,
+    whatever the model's dtype; averaged over the phases of a flush), and the pools as if they were full. Room that is
+    allocated but not needed at this length does not count; what is really held is `ottfx.memory_footprint`'s business.
 
     Args:
         scheme: the scheme that stores the half.
@@ -148,7 +148,9 @@ def formula_bits(scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheS
     phases = range(length, length + PAGE)
     unpacked = sum(at - scheme.packed_length(config, role, at, 0) for at in phases) / len(phases)
     full = 0.0 if one.get("dense") else min(unpacked, float(length))
-    return ((length - full) * token_bits + full * 16) / length + pool_bits
+    rows = scheme.ring_rows(config)
+    window_bits = one.get("residual", 0) / (rows * elements) if rows else 16
+    return ((length - full) * token_bits + full * window_bits) / length + pool_bits
 
 
 def _bits_by_part(scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheShape, pages: int) -> dict[Part, int]:

@@ -23,7 +23,7 @@ LayerBits = int | tuple[int, int]
 Config = TypeVar("Config", bound="AffineConfig")
 
 
-def state_names(*, with_pool: bool, with_order: bool = False) -> tuple[str, ...]:
+def state_names(*, with_pool: bool, with_order: bool = False, with_row_scales: bool = False) -> tuple[str, ...]:
     """Return the names of the state tensors of both halves, in the order in which the ops take them."""
     key = ["key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid"]
     value = ["value_codes", "value_scale", "value_zero_point", "value_residual"]
@@ -32,6 +32,9 @@ def state_names(*, with_pool: bool, with_order: bool = False) -> tuple[str, ...]
         value += ["outlier_value", "value_outlier_position"]
     if with_order:
         key += ["key_order"]
+    if with_row_scales:
+        key += ["key_residual_scale"]
+        value += ["value_residual_scale"]
     return (*key, *value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from ottfx.rotation import rotate, rotate_back
 from ottfx.schemes.affine import state_names
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
 from ottfx.schemes.ott import OTT, OTTConfig
+from ottfx.window_rows import present
 
-SWITCHES = ("mixed_keys", "range_search", "rotate_values", "symmetric_values")
+SWITCHES = ("mixed_keys", "range_search", "rotate_values", "symmetric_values", "quantized_residual")
 """The options that are parts of the scheme, each on or off."""
 
 
@@ -36,6 +38,8 @@ class OTTPlusConfig(OTTConfig):
     """Whether values are stored after a Hadamard transform; then all channels of a token share one scale."""
     symmetric_values: bool = True
     """Whether grids of values are around 0 and have no zero point."""
+    quantized_residual: bool = True
+    """Whether the newest tokens are kept in 8 bits, with one scale a token, rather than in full precision."""
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -64,8 +68,9 @@ def _append(
     key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int,
     key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_residual: Tensor, residual_valid: Tensor,
     outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor, key_order: Tensor,
+    key_residual_scale: Tensor,
     value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_residual: Tensor,
-    outlier_value: Tensor, value_outlier_position: Tensor,
+    outlier_value: Tensor, value_outlier_position: Tensor, value_residual_scale: Tensor,
     key_bits: int, value_bits: int, group_size: int, residual_length: int,
     outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
     range_search: bool, rotate_values: bool,
@@ -78,6 +83,7 @@ def _append(
         value_residual=value_residual,
         outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
         value_outlier_position=value_outlier_position, spill_count=spill_count, key_order=_order(key_order),
+        key_residual_scale=present(key_residual_scale), value_residual_scale=present(value_residual_scale),
         key_bits=key_bits, value_bits=value_bits, group_size=group_size,
         key_window=residual_length, key_step=group_size, value_window=residual_length, value_step=group_size,
         outlier_capacity=outlier_capacity, score_norm=score_norm, replacement=replacement, mask_replaced=mask_replaced,
@@ -90,8 +96,9 @@ def _attend(
     softmax_scale: float,
     key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_residual: Tensor, residual_valid: Tensor,
     outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor, key_order: Tensor,
+    key_residual_scale: Tensor,
     value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_residual: Tensor,
-    outlier_value: Tensor, value_outlier_position: Tensor,
+    outlier_value: Tensor, value_outlier_position: Tensor, value_residual_scale: Tensor,
     key_bits: int, value_bits: int, group_size: int, residual_length: int,
     outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
     range_search: bool, rotate_values: bool,
@@ -102,7 +109,9 @@ def _attend(
         value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
         value_residual=value_residual,
         outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
-        key_order=_order(key_order), key_bits=key_bits, value_bits=value_bits,
+        key_order=_order(key_order),
+        key_residual_scale=present(key_residual_scale), value_residual_scale=present(value_residual_scale),
+        key_bits=key_bits, value_bits=value_bits,
         result_dtype=torch.float32 if rotate_values else None,
     )  # fmt: skip
     return rotate_back(result, query.dtype) if rotate_values else result
@@ -123,6 +132,7 @@ class OTTPlus(OTT):
     * Keys: a word holds 16 channels in 4, 3, 2 or 1 bits, the widest channels of a head in the widest elements.
     * Keys and values: grids are cut where that leaves a smaller error (`ottfx.grid_search`).
     * Values: rotated by a Hadamard matrix, then a grid around 0 with one scale a token.
+    * The window: 8 bits, with one scale a token.
 
     Nothing is calibrated. Reading costs what `ott` costs, but for the rotation of one token and of the result.
     """
@@ -133,7 +143,12 @@ class OTTPlus(OTT):
         "Su et al., Accurate KV Cache Quantization with Outlier Tokens Tracing, ACL 2025, arXiv:2505.10938; rotation "
         "as in Tseng et al., QuIP#, ICML 2024, arXiv:2402.04396."
     )
-    append_op = bind("ott_plus_append", _append, mutates=state_names(with_pool=True, with_order=True), outline=True)
+    append_op = bind(
+        "ott_plus_append",
+        _append,
+        mutates=state_names(with_pool=True, with_order=True, with_row_scales=True),
+        outline=True,
+    )
     attend_op = bind("ott_plus_attend", _attend, outline=True)
 
     def state_spec(self, config: OTTConfig, role: Role, shape: CacheShape) -> dict[str, TensorSpec]:
@@ -146,6 +161,11 @@ class OTTPlus(OTT):
         elif config.symmetric_values:
             none = (shape.batch_size, shape.num_kv_heads, shape.pages, 0, spec["value_scale"].shape[-1])
             spec["value_zero_point"] = TensorSpec(shape=none, dtype=torch.float16, part="scales", paged_dim=2)
+        window = spec[f"{role}_residual"]
+        if config.quantized_residual:
+            spec[f"{role}_residual"] = dataclasses.replace(window, dtype=torch.int8)
+        scales = (*window.shape[:2], window.shape[2] if config.quantized_residual else 0)
+        spec[f"{role}_residual_scale"] = TensorSpec(shape=scales, dtype=torch.float16, part="residual")
         return spec
 
     def constants(self, config: OTTConfig) -> tuple[int | bool | str, ...]:

@@ -13,6 +13,7 @@ POOL = ("outlier_key", "outlier_position", "outlier_value")
 READ_BY_ATTEND = (
     "key_codes", "key_scale", "key_zero_point", "key_residual",
     "value_codes", "value_scale", "value_zero_point", "value_residual", *POOL, "key_order",
+    "key_residual_scale", "value_residual_scale",
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ class Case:
     mixed: bool = False
     range_search: bool = False
     symmetric: bool = False
+    coded_window: bool = False
     pages: int = 4
     dtype: torch.dtype = torch.float32
 
@@ -73,7 +75,10 @@ class Case:
             state[f"{role}_codes"] = torch.zeros(*lead, self.pages, words, dtype=torch.int32)
             for name in ("scale", "zero_point"):
                 state[f"{role}_{name}"] = torch.zeros(*lead, self.pages, *constants[role], dtype=torch.float16)
-            state[f"{role}_residual"] = torch.zeros(*lead, self.ring(), self.head_dim, dtype=self.dtype)
+            kept_in = torch.int8 if self.coded_window else self.dtype
+            state[f"{role}_residual"] = torch.zeros(*lead, self.ring(), self.head_dim, dtype=kept_in)
+            if self.coded_window:
+                state[f"{role}_residual_scale"] = torch.zeros(*lead, self.ring(), dtype=torch.float16)
         if self.symmetric:
             del state["value_zero_point"]
         if self.mixed:

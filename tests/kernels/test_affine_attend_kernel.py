@@ -23,7 +23,7 @@ SMALL = [
     (Case(dtype=HALF), (20,), 1, "none"),
     (Case(dtype=HALF), (), 4, "causal"),
 ]
-PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3)
+PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3, coded_window=True)
 SMALL += [
     (Case(**PLUS, head_dim=64, dtype=HALF), (200,), 1, "none"),
     (Case(**PLUS, batch=2, heads=4, kv_heads=2, head_dim=80, group_size=128, dtype=HALF), (40, 250), 2, "bool"),

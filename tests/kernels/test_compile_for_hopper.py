@@ -10,11 +10,15 @@ triton = pytest.importorskip("triton")
 
 from pathlib import Path  # noqa: E402
 
-from ottfx.kernels.affine_append import KEY_WARPS, VALUE_WARPS, WIDEST_KEY_CHUNK  # noqa: E402
 from ottfx.kernels.affine_attend import tile_sizes  # noqa: E402
 from ottfx.kernels.affine_combine import _combine_kernel  # noqa: E402
 from ottfx.kernels.affine_decode import _decode_kernel  # noqa: E402
-from ottfx.kernels.affine_encode import _encode_key_pages_kernel, _encode_value_pages_kernel  # noqa: E402
+from ottfx.kernels.affine_encode import (  # noqa: E402
+    VALUE_WARPS,
+    _encode_key_pages_kernel,
+    _encode_value_pages_kernel,
+    key_tile,
+)
 from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
 from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
 from ottfx.kernels.affine_store import _store_tokens_kernel  # noqa: E402
@@ -36,16 +40,19 @@ POINTERS = {
     "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
     "partial": "fp32", "log_sum": "fp32", "key_order": "i16", "order": "i16",
     "codes": "i32", "scale": "fp16", "zero_point": "fp16", "score": "fp32", "hard": "i8",
+    "key_row_scale": "i64", "value_row_scale": "i64",
 }  # fmt: skip
 
 
-def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", integers="i32", **options):
+def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", integers="i32", coded_window=None, **options):
     try:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError:
         pytest.skip("this Triton cannot compile ahead of time")
     pointers = POINTERS | {"mask": mask}
+    if constants.get("MIXED", False) if coded_window is None else coded_window:
+        pointers |= {"key_residual": "i8", "value_residual": "i8", "key_row_scale": "fp16", "value_row_scale": "fp16"}
     if constants.get("ENCODED") is False:
         # The launcher passes the lengths where there is nothing to read.
         pointers |= {"score": "i64", "hard": "i64"}
@@ -142,7 +149,7 @@ def select_constants(head_dim, group_size, seats, spill, encoded=False):
 def encode_keys_constants(head_dim, bits, group_size, traces, padded, plus=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "GROUP": group_size, "WINDOW": 32, "STEP": group_size,
-        "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces, "CHUNK": min(head_dim, WIDEST_KEY_CHUNK),
+        "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces, "CHUNK": key_tile(head_dim, plus)[0],
         "MIXED": plus, "SEARCH": plus,
     }  # fmt: skip
 
@@ -191,9 +198,10 @@ def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, 
     constants, max_registers = decode_constants(head_dim, (2, 2), 128, rows, mask, plus)
     assert max_registers == LEAN_REGISTERS
     compiled = compile_kernel(_decode_kernel, constants, dtype, 1, maxnreg=max_registers)
-    # With a mask, or channels that are padded, some compilers put a few words on the stack.
-    assert stack_bytes(compiled, tmp_path) <= (0 if (head_dim, mask) == (128, False) else 16)
+    # With a mask, channels that are padded, or a window in 8 bits, some compilers put a few words on the stack.
+    assert stack_bytes(compiled, tmp_path) <= (0 if (head_dim, mask, plus) == (128, False, False) else 16)
     instructions = loop_instructions(compiled, tmp_path)
+    assert mask or head_dim == 80 or not {"LDL", "STL"} & set(instructions)
     # Codes reach the tensor cores where they were loaded: only weights and maxima cross lanes, nothing shared memory.
     assert sum(name == "SHFL" for name in instructions) <= (40 if mask else 24)
     assert mask or not {"LDS", "STS", "LDSM", "STSM", "BAR"} & set(instructions)
@@ -219,21 +227,24 @@ def test_attend_compiles_in_float32(head_dim, bits, value_groups):
 
 
 @pytest.mark.parametrize(
-    "dtype, head_dim, bits, group_size, value_groups, traces, write_back",
+    "dtype, head_dim, bits, group_size, value_groups, traces, write_back, plus",
     [
-        ("fp16", 128, (2, 2), 128, 1, True, False),
-        ("bf16", 80, (3, 4), 32, 5, False, True),
-        ("bf16", 128, (3, 3), 64, 4, True, False),
-        pytest.param("fp32", 256, (3, 8), 32, 1, False, True, marks=pytest.mark.slow),
-        pytest.param("fp16", 16, (8, 3), 128, 1, True, False, marks=pytest.mark.slow),
+        ("fp16", 128, (2, 2), 128, 1, True, False, False),
+        ("bf16", 128, (2, 2), 128, 1, True, False, True),
+        ("bf16", 80, (3, 4), 32, 5, False, True, False),
+        ("bf16", 128, (3, 3), 64, 4, True, False, False),
+        pytest.param("fp32", 256, (3, 8), 32, 1, False, True, False, marks=pytest.mark.slow),
+        pytest.param("fp16", 16, (8, 3), 128, 1, True, False, False, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_append_compiles_without_spills(dtype, head_dim, bits, group_size, value_groups, traces, write_back, tmp_path):
-    constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back)
+def test_append_compiles_without_spills(
+    dtype, head_dim, bits, group_size, value_groups, traces, write_back, plus, tmp_path
+):
+    constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, plus=plus)
     compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
     assert stack_bytes(compiled, tmp_path) == 0
-    constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=True)
+    constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=True, plus=plus)
     assert compile_kernel(_store_tokens_kernel, constants, dtype, 4).asm["cubin"]
 
 
@@ -241,14 +252,14 @@ def test_append_compiles_without_spills(dtype, head_dim, bits, group_size, value
     "dtype, head_dim, group_size, seats, spill, encoded",
     [
         ("bf16", 128, 128, 3, 32, False),
-        ("bf16", 128, 128, 3, 32, True),
+        ("bf16", 128, 128, 3, 3, True),
         pytest.param("fp32", 80, 32, 8, 0, False, marks=pytest.mark.slow),
         pytest.param("fp16", 256, 128, 32, 64, True, marks=pytest.mark.slow),
     ],
 )
 def test_selection_compiles(dtype, head_dim, group_size, seats, spill, encoded):
     constants = select_constants(head_dim, group_size, seats, spill, encoded)
-    assert compile_kernel(_select_outliers_kernel, constants, dtype, 4).asm["cubin"]
+    assert compile_kernel(_select_outliers_kernel, constants, dtype, 4, coded_window=spill == 3).asm["cubin"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +274,8 @@ def test_selection_compiles(dtype, head_dim, group_size, seats, spill, encoded):
 )
 def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, plus, tmp_path):
     keys = encode_keys_constants(head_dim, bits[0], group_size, True, padded, plus)
-    assert stack_bytes(compile_kernel(_encode_key_pages_kernel, keys, "bf16", KEY_WARPS), tmp_path) <= 16
+    _, key_warps = key_tile(head_dim, plus)
+    assert stack_bytes(compile_kernel(_encode_key_pages_kernel, keys, "bf16", key_warps), tmp_path) <= 16
     values = encode_values_constants(head_dim, bits[1], value_groups, padded, plus)
     assert stack_bytes(compile_kernel(_encode_value_pages_kernel, values, "bf16", VALUE_WARPS), tmp_path) <= 16
 
@@ -277,7 +289,7 @@ ORDER = {
     "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "CAPACITY": 160, "GROUP": 128, "WINDOW": 32, "STEP": 128, "HAS_VALID": True,
     "BLOCK_D": 128,
 }  # fmt: skip
-ROTATE = {"HEADS": 8, "HEAD_DIM": 128, "SIZE": 128, "BACK": True, "ROWS": 4}
+ROTATE = {"HEADS": 8, "HEAD_DIM": 128, "SIZE": 128, "BACK": True, "ROWS": 4, "OFFSET": 5}
 UNKNOWN_BOUNDS = [
     (_order_channels_kernel, ORDER),
     (_rotate_kernel, ROTATE),
@@ -294,4 +306,5 @@ UNKNOWN_BOUNDS = [
 @pytest.mark.parametrize("kernel, constants", UNKNOWN_BOUNDS, ids=lambda x: getattr(x, "__name__", ""))
 def test_integers_may_come_as_int64(kernel, constants):
     # So Inductor passes sizes of an exported program.
-    assert compile_kernel(kernel, constants, "bf16", 4, integers="i64").asm["cubin"]
+    coded_window = kernel is _order_channels_kernel
+    assert compile_kernel(kernel, constants, "bf16", 4, integers="i64", coded_window=coded_window).asm["cubin"]
