@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ import ottfx
 from benchmarks.packed_state import random_halves
 from benchmarks.shapes import SHAPES, random_model
 from ottfx.cache_state import Payload
+from ottfx.errors import ConfigError
+from ottfx.eval_command import option_value
 from ottfx.kv_tensor import KVTensor
 from ottfx.registry import make_config
 from ottfx.schemes.base import SchemeConfig
@@ -92,13 +93,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def scheme_option(text: str) -> tuple[str, Any]:
     """Read `name=value`, the value as Python writes it, or else as text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE. Got {text!r}.")
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+        return option_value(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def whole_numbers(text: str) -> list[int]:

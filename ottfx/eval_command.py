@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,10 @@ def register(app: typer.Typer) -> None:
 def eval_command(
     schemes: Annotated[str, typer.Option(help="Comma-separated schemes, each with its defaults.")] = "none,kivi,ott",
     bits: Annotated[str, typer.Option(help="Comma-separated widths of a code, for the schemes that have codes.")] = "2",
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE: also each scheme that has this option, with this value; may be repeated."),
+    ] = None,
     study: Annotated[bool, typer.Option("--study", help="The study's variants, beside what it found.")] = False,
     model: Annotated[
         str, typer.Option(help="smollm2, gemma3-270m or random-qwen2, or a model folder or hub name.")
@@ -60,7 +65,7 @@ def eval_command(
             from ottfx.plots import check_plots, draw_plots
 
             check_plots()
-        variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","))
+        variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","), vary or ())
         if lower != "inductor":
             variants = [replace(variant, options={**variant.options, "lower": lower}) for variant in variants]
         results = run_evaluation(
@@ -84,11 +89,15 @@ def eval_command(
             typer.echo(f"wrote {file}")
 
 
-def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> list[Variant]:
+def default_variants(
+    schemes: Sequence[str], bits: Sequence[str] = ("2",), changes: Sequence[str] = ()
+) -> list[Variant]:
     """Return a variant for each scheme and width, with the scheme's own defaults; one for a scheme without widths.
 
+    Each is followed by one for each of `changes` that sets an option which the scheme has.
+
     Raises:
-        ConfigError: no name is left, a name is not registered, or a width is no whole number.
+        ConfigError: no name is left, a name is not registered, a width is no whole number, or no scheme has an option.
     """
     import dataclasses
 
@@ -102,13 +111,40 @@ def default_variants(schemes: Sequence[str], bits: Sequence[str] = ("2",)) -> li
     if not widths or not all(width.isdecimal() for width in widths):
         raise ConfigError(f"ottfx eval: --bits must be whole numbers, such as 2,3,4. Got {','.join(bits)!r}.")
     variants = []
+    known = {name: {field.name for field in dataclasses.fields(get_scheme(name).config_class)} for name in names}
+    changed = [option_value(text) for text in changes]
+    for option, _ in changed:
+        if not any(option in fields for fields in known.values()):
+            raise ConfigError(f"ottfx eval: --vary needs an option of {names}. Got {option!r}.")
     for name in names:
-        if any(field.name == "bits" for field in dataclasses.fields(get_scheme(name).config_class)):
-            for width in widths:
-                variants.append(Variant(label=f"{name} {width}-bit", options={"scheme": name, "bits": int(width)}))
-        else:
-            variants.append(Variant(label=name, options={"scheme": name}))
+        plain = [Variant(label=name, options={"scheme": name})]
+        if "bits" in known[name]:
+            plain = [
+                Variant(label=f"{name} {width}-bit", options={"scheme": name, "bits": int(width)}) for width in widths
+            ]
+        for variant in plain:
+            variants.append(variant)
+            variants += [
+                Variant(label=f"{variant.label} {option}={value}", options={**variant.options, option: value})
+                for option, value in changed
+                if option in known[name]
+            ]
     return variants
+
+
+def option_value(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value as Python writes it, or else as text.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"ottfx: an option is given as NAME=VALUE. Got {text!r}.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def task_names(tasks: str) -> list[str]:

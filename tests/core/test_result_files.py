@@ -86,6 +86,20 @@ def test_default_variants_of_the_command():
             default_variants(["ott"], widths)
 
 
+def test_variants_with_other_options():
+    variants = default_variants(["none", "ott", "ott+"], ["2"], ["range_search=False", "group_size=64"])
+    assert [v.label for v in variants] == [
+        "none", "ott 2-bit", "ott 2-bit group_size=64",
+        "ott+ 2-bit", "ott+ 2-bit range_search=False", "ott+ 2-bit group_size=64",
+    ]  # fmt: skip
+    assert variants[4].options == {"scheme": "ott+", "bits": 2, "range_search": False}
+    assert variants[5].options["group_size"] == 64
+    assert default_variants(["ott"], ["2"], ["replacement=group"])[1].options["replacement"] == "group"
+    for change, said in (("group_size", "NAME=VALUE"), ("unheard=3", "unheard")):
+        with pytest.raises(ConfigError, match=said):
+            default_variants(["ott"], ["2"], [change])
+
+
 def test_command_writes_what_it_measured(dense_compile, monkeypatch, tmp_path):
     import typer
 
