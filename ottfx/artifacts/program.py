@@ -117,8 +117,8 @@ class Program:
             )
         cache.make_room(past + q_len)
         inputs = [
-            input_ids.to(torch.int64).contiguous(),
-            attention_mask.to(self.device, torch.int64).contiguous(),
+            _aligned(input_ids.to(torch.int64)),
+            _aligned(attention_mask.to(self.device, torch.int64)),
             torch.empty(past, 0, dtype=torch.uint8, device=self.device),
             cache.lengths(),
             *cache.tensors().values(),
@@ -163,6 +163,12 @@ class Program:
                 f"ottfx.Program: cache must be one of this program's, on {self.device}. Got {cache!r}. "
                 "Make it with program.new_cache(batch_size)."
             )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    # Programs expect what the allocator gives. A column of a larger tensor begins anywhere, and they would warn.
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _to_device(weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
