@@ -3,19 +3,19 @@
 The body of such an op branches on the device: CUDA tensors go to the Triton launchers in `ottfx.kernels`, all others
 to the plain-torch definition. `torch.compile` sees through it: on CUDA it sees the kernels, on the CPU the definition.
 That makes much to compile, so an op can have an opaque twin as well (`outlined`), for the CPU and for CUDA graphs.
+On the CPU the twin need not run the definition: it skips packing when nothing is due, and attends in C++.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ottfx import affine_cache, affine_read, affine_schedule
+from ottfx import affine_cache, affine_read, affine_schedule, cpu_attend
+from ottfx.opaque_call import in_opaque_call, opaque_call
 
 
 def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *, outline: bool = False) -> Any:
@@ -47,34 +47,21 @@ def outlined(op: Any) -> Any:
 
 def _bind_outlined(name: str, op: Any, function: Callable[..., Any], mutates: Iterable[str]) -> Any:
     def body(*args: Any) -> Any:
-        # Called eagerly, the op launches its kernels at once; `function` would hand them to a tracer.
-        with _host_decides():
-            return op(*args)
+        with opaque_call():
+            # Called eagerly, the op launches its kernels at once; `function` would hand them to a tracer.
+            return op(*args) if args[0].is_cuda else function(*args)
 
+    # Not `torch.library.custom_op`: each call would count versions of what it mutates, for autograd, which never sees a
+    # quantized cache. On a CPU that takes several times as long as storing a token.
     schema = torch.library.infer_schema(function, mutates_args=set(mutates))
-    twin = torch.library.custom_op(f"ottfx::{name}", body, mutates_args=set(mutates), schema=schema)
     returns_tensor = not schema.endswith("-> ()")
-    twin.register_fake(
-        lambda first, *_: torch.empty_like(first, memory_format=torch.contiguous_format) if returns_tensor else None
+    torch.library.define(f"ottfx::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"ottfx::{name}", "default", body)
+    torch.library.register_fake(
+        f"ottfx::{name}",
+        lambda first, *_: torch.empty_like(first, memory_format=torch.contiguous_format) if returns_tensor else None,
     )
     return getattr(torch.ops.ottfx, name).default
-
-
-_deciding = threading.local()
-
-
-def _host_may_decide() -> bool:
-    return getattr(_deciding, "on", False)
-
-
-@contextmanager
-def _host_decides() -> Iterator[None]:
-    # An outlined op on the CPU runs eagerly: it may look at lengths, and skip what a trace has to compute and discard.
-    _deciding.on = True
-    try:
-        yield
-    finally:
-        _deciding.on = False
 
 
 def affine_append(
@@ -91,7 +78,7 @@ def affine_append(
         from ottfx.kernels.affine_append import append as launch
 
         launch(key, value, valid, _row(lengths, site), 0, **state_and_constants)
-    elif _host_may_decide() and not affine_schedule.anything_due(lengths, site, key.shape[2], state_and_constants):
+    elif in_opaque_call() and not affine_schedule.anything_due(lengths, site, key.shape[2], state_and_constants):
         affine_cache.append_to_ring(key, value, valid, lengths, site, state_and_constants)
     else:
         affine_cache.append(key, value, valid, lengths, site, **state_and_constants)
@@ -113,6 +100,8 @@ def affine_attend(
         from ottfx.kernels.affine_attend import attend as launch
 
         return launch(query, key, value, mask, _row(lengths, site), 0, softmax_scale, **state_and_constants)
+    if in_opaque_call() and cpu_attend.takes(query, key, mask, state_and_constants):
+        return cpu_attend.attend(query, key, value, mask, lengths, site, softmax_scale, **state_and_constants)
     return affine_read.attend(query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants)
 
 

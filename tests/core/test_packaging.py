@@ -147,6 +147,7 @@ def test_wheel_holds_every_module_and_nothing_at_top_level(wheel):
         assert modules, folder
         assert modules <= names
     assert {"ottfx/py.typed", "ottfx/data/persuasion.txt"} <= names
+    assert {f"ottfx/kernels/cpu/{path.name}" for path in (ROOT / "kernels" / "cpu").iterdir()} <= names
     assert "ottfx-0.1.0.dist-info/licenses/LICENSE" in names
     assert not [name for name in names if "__pycache__" in name]
 
