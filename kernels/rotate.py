@@ -1,4 +1,4 @@
-"""Kernel and launcher of the rotation of values: `ottfx/rotation.py` defines it."""
+"""Kernel and launcher of the rotation, and its steps for other kernels: `ottfx/rotation.py` defines it."""
 
 import torch
 import triton
@@ -9,10 +9,31 @@ from ottfx.kernels.launch import dense_rows, launch, next_power_of_2
 
 BLOCK = 512
 """Numbers that a program of one warp rotates: few, as a decode step has few and waits for them."""
+NO_SEED = tl.constexpr(-1)
+_MULTIPLIER = tl.constexpr(0x45D9F3B)
 
 
 @triton.jit
-def _signs(channel):
+def _random_signs(channel, OFFSET: tl.constexpr):
+    # -1 or 1 by a bit of a hash.
+    bits = (channel + OFFSET).to(tl.uint32)
+    bits = (bits ^ (bits >> 16)) * _MULTIPLIER
+    bits = (bits ^ (bits >> 16)) * _MULTIPLIER
+    return 1.0 - 2.0 * ((bits >> 16) & 1).to(tl.float32)
+
+
+@triton.jit
+def rotation_signs(channel, SIZE: tl.constexpr, OFFSET: tl.constexpr):
+    """Float32 signs of channels int32, in blocks of SIZE; OFFSET is that of a seed, or NO_SEED."""
+    if OFFSET == NO_SEED:
+        signs = _fixed_signs(channel % SIZE)
+    else:
+        signs = _random_signs(channel, OFFSET)
+    return signs
+
+
+@triton.jit
+def _fixed_signs(channel):
     # -1 where the number has an odd number of neighbouring ones, else 1 (Rudin and Shapiro).
     bits = channel & (channel >> 1)
     bits = bits ^ (bits >> 8)
@@ -23,9 +44,10 @@ def _signs(channel):
 
 
 @triton.jit
-def _transform(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    # Rows [ROWS, SIZE] times the Hadamard matrix. A step adds and subtracts neighbours and puts the sums before the
-    # differences, which turns the bits of the index by one place; after all steps they are back.
+def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Float32 rows [ROWS, SIZE] times the Hadamard matrix of entries 1 and -1."""
+    # A step adds and subtracts neighbours and puts the sums before the differences, which turns the bits of the index
+    # by one place; after all steps they are back.
     STEPS: tl.constexpr = tl.constexpr(SIZE.bit_length() - 1)
     for _ in tl.static_range(STEPS):
         even, odd = tl.split(tl.reshape(x, [ROWS, SIZE // 2, 2]))
@@ -37,6 +59,7 @@ def _transform(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
 def _rotate_kernel(
     x_ptr, output_ptr, stride_batch, stride_head, stride_token, q_len, blocks,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, BACK: tl.constexpr, ROWS: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, blocks = tl.cast(q_len, tl.int32), tl.cast(blocks, tl.int64)
@@ -50,15 +73,18 @@ def _rotate_kernel(
     channel = (block % PER_TOKEN * SIZE)[:, None] + inside[None, :]
     # [ROWS, SIZE]
     x = tl.load(x_ptr + offset[:, None] + channel, mask=live, other=0.0).to(tl.float32)
-    sign = _signs(inside)[None, :]
+    sign = rotation_signs(channel.to(tl.int32), SIZE, OFFSET)
     x = x if BACK else x * sign
-    x = _transform(x, ROWS, SIZE) * tl.rsqrt(tl.full([1, 1], SIZE, tl.float32))
+    x = hadamard(x, ROWS, SIZE) * tl.rsqrt(tl.full([1, 1], SIZE, tl.float32))
     x = x * sign if BACK else x
     tl.store(output_ptr + row[:, None] * HEAD_DIM + channel, x.to(output_ptr.dtype.element_ty), mask=live)
 
 
-def rotate(x: Tensor, back: bool, dtype: torch.dtype) -> Tensor:
-    """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; contiguous, of `dtype`."""
+def rotate(x: Tensor, back: bool, dtype: torch.dtype, seed_offset: int | None = None) -> Tensor:
+    """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; contiguous, of `dtype`.
+
+    `seed_offset` is that of the seed (`ottfx/rotation.py`), None for the fixed signs.
+    """
     x = dense_rows(x)
     batch_size, heads, q_len, head_dim = x.shape
     size = head_dim & -head_dim
@@ -78,6 +104,7 @@ def rotate(x: Tensor, back: bool, dtype: torch.dtype) -> Tensor:
         "SIZE": size,
         "BACK": back,
         "ROWS": rows,
+        "OFFSET": NO_SEED.value if seed_offset is None else seed_offset,
     }
     launch(_rotate_kernel, (-(-blocks // rows),), arguments, num_warps=1, num_stages=1)
     return output

@@ -143,8 +143,8 @@ class CacheHalf:
         return half
 
     def read(self, length: int) -> Tensor:
-        """Return the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`."""
-        return self.scheme.read(self.config, self.role, self.tensors, self.packed, length)
+        """Return the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`, in logical dtype."""
+        return self.scheme.read(self.config, self.role, self.tensors, self.packed, length).to(self.shape.dtype)
 
     def rewind(self, length: int) -> None:
         """Forget every token from `length` on."""

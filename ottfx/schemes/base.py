@@ -148,7 +148,10 @@ class Scheme(ABC, Generic[Config]):
 
     @abstractmethod
     def read(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
-        """Dequantize the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`, in logical dtype."""
+        """Dequantize the first `length` tokens, dense `[batch, num_kv_heads, length, head_dim]`.
+
+        In logical dtype, or in fp32 where no state tensor tells it.
+        """
 
     @abstractmethod
     def rewind(

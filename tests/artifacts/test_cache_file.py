@@ -31,6 +31,7 @@ SCHEMES = {
     "kivi": {"group_size": 32, "residual_length": 32},
     "ott": {"group_size": 32, "residual_length": 32, "exempt_layers": (0,)},
     "ott+": {"group_size": 32, "residual_length": 32},
+    "turbo": {"bits": 3, "seed": 2},
 }
 
 

@@ -26,6 +26,9 @@ CASES = [
     ("ott+", {"bits": 2, "group_size": 64}, 2, 4, 2, 80),
     ("ott+", {"bits": 3}, 1, 8, 2, 256),
     ("ott+", {"bits": 2, "mixed_keys": False, "rotate_values": False, "group_size": 32}, 2, 6, 3, 64),
+    ("turbo", {"bits": 2}, 2, 32, 8, 128),
+    ("turbo", {"bits": 3, "norm_correction": True, "seed": 9}, 2, 4, 2, 80),
+    ("turbo", {"key_bits": 4, "value_bits": 3}, 1, 8, 2, 256),
 ]
 STEPS = (300, 1, 1, 5, 120, 1, 260, 1)
 """Tokens of each call: a prompt, decode steps, chunks that cross one and several group boundaries."""

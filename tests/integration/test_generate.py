@@ -194,3 +194,20 @@ def test_more_bits_agree_longer(scheme):
         cache = twin(ids[:, :-1], attention_mask=mask[:, :-1]).past_key_values
         got = twin(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
     assert relative_error(got, want) < 0.05
+
+
+@pytest.mark.parametrize(("scheme", "options"), [("turbo", {"bits": 4})])
+def test_schemes_without_a_window_generate(scheme, options):
+    """A prompt, decode steps, a crop and a chunk: few bits, and as near as 4 bits are in a random tiny model."""
+    reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme, **options)
+    ids = random_tokens(3, 150)
+    got = generate(twin, ids, new_tokens=6)
+    cache = got.past_key_values
+    held = ottfx.memory_footprint(cache).total
+    heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
+    assert held < 0.2 * 2 * len(cache.layers) * 3 * heads * 256 * head_dim * 4
+    cache.crop(140 - cache.get_seq_length())
+    with torch.no_grad():
+        want = reference(ids).logits[:, 140:]
+        logits = twin(ids[:, 140:], past_key_values=cache).logits
+    assert relative_error(logits, want) < 0.5

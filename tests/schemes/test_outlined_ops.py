@@ -9,6 +9,8 @@ from ottfx.registry import get_scheme, make_config
 from ottfx.schemes.base import CacheShape
 
 B, H, D = 2, 3, 32
+WINDOW = {"group_size": 32, "residual_length": 32}
+OPTIONS = {"kivi": WINDOW, "ott": WINDOW, "turbo": {}}
 
 
 def halves(scheme, config):
@@ -18,9 +20,9 @@ def halves(scheme, config):
     return [CacheHalf.allocate(scheme, config, role, shape) for role in ("key", "value")]
 
 
-@pytest.mark.parametrize("name", ["kivi", "ott"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_twins_agree_whether_or_not_something_is_due(name):
-    scheme, config = get_scheme(name), make_config(name, group_size=32, residual_length=32).at_layer(5)
+    scheme, config = get_scheme(name), make_config(name, **OPTIONS[name]).at_layer(5)
     append, attend = outlined(scheme.append_op), outlined(scheme.attend_op)
     assert append is not scheme.append_op and attend is not scheme.attend_op
     worlds = {False: halves(scheme, config), True: halves(scheme, config)}
@@ -49,7 +51,7 @@ def test_schemes_without_a_twin_are_inlined():
     assert outlined(op) is op
 
 
-@pytest.mark.parametrize("name", ["kivi", "ott"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_opcheck_of_twins(name):
     scheme, config = get_scheme(name), make_config(name).at_layer(5)
     state = [t for half in halves(scheme, config) for t in half.tensors.values()]
