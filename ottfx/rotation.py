@@ -11,8 +11,12 @@ hash of the channel and the seed. Either way nothing has to be stored.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+from ottfx.opaque_call import in_opaque_call
 
 
 def block_size(head_dim: int) -> int:
@@ -70,10 +74,14 @@ def rotate_back(x: Tensor, dtype: torch.dtype, seed: int | None = None) -> Tenso
     return _rotated(x, True, dtype, seed)
 
 
+# Where nobody traces: making the matrix takes longer than multiplying one token by it.
+_remembered_rotation = functools.lru_cache(maxsize=16)(rotation)
+
+
 def _rotated(x: Tensor, back: bool, dtype: torch.dtype, seed: int | None) -> Tensor:
     if x.is_cuda:
         from ottfx.kernels.rotate import rotate as launch
 
         return launch(x, back, dtype, None if seed is None else seed_offset(seed))
-    matrix = rotation(x.shape[-1], x.device, seed)
+    matrix = (_remembered_rotation if in_opaque_call() else rotation)(x.shape[-1], x.device, seed)
     return (x.float() @ (matrix.T if back else matrix)).to(dtype)
