@@ -55,6 +55,15 @@ def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     return x
 
 
+@triton.jit
+def rotate_rows(x, SIZE: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rotate float32 rows [ROWS, BLOCK_D], 0 behind their channels; BLOCK_D is a power of two."""
+    BLOCKS: tl.constexpr = ROWS * BLOCK_D // SIZE
+    x = tl.reshape(x * rotation_signs(tl.arange(0, BLOCK_D), SIZE, OFFSET)[None, :], [BLOCKS, SIZE])
+    x = hadamard(x, BLOCKS, SIZE) * tl.rsqrt(tl.full([1, 1], SIZE, tl.float32))
+    return tl.reshape(x, [ROWS, BLOCK_D])
+
+
 @triton.jit(do_not_specialize=["q_len", "blocks"])
 def _rotate_kernel(
     x_ptr, output_ptr, stride_batch, stride_head, stride_token, q_len, blocks,

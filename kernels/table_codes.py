@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ottfx.kernels.launch import next_power_of_2
+from ottfx.kernels.word_planes import load_plane, store_plane
 
 
 @triton.jit
@@ -45,50 +46,27 @@ def nearest(
 
 
 @triton.jit
-def _load_plane(token_ptr, live, WORDS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    # Codes int32 [ROWS, BLOCK_D] of a plane of WORDS words; `token_ptr` [ROWS] points to the first word of a token.
-    PER_WORD: tl.constexpr = 32 // WIDTH
-    word = tl.arange(0, BLOCK_D // PER_WORD)
-    # [ROWS, BLOCK_D // PER_WORD]
-    words = tl.load(token_ptr[:, None] + word[None, :], mask=live[:, None] & (word < WORDS)[None, :], other=0)
-    shift = WIDTH * tl.arange(0, PER_WORD)
-    codes = (words[:, :, None] >> shift[None, None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(codes, [ROWS, BLOCK_D])
-
-
-@triton.jit
-def _store_plane(
-    token_ptr, codes, live, WORDS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    # The inverse of `_load_plane`.
-    PER_WORD: tl.constexpr = 32 // WIDTH
-    shift = WIDTH * tl.arange(0, PER_WORD)
-    neighbours = tl.reshape(codes, [ROWS, BLOCK_D // PER_WORD, PER_WORD])
-    words = tl.sum(neighbours << shift[None, None, :], axis=2)
-    word = tl.arange(0, BLOCK_D // PER_WORD)
-    tl.store(token_ptr[:, None] + word[None, :], words, mask=live[:, None] & (word < WORDS)[None, :])
-
-
-@triton.jit
 def load_signed(
-    token_ptr, live, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    token_ptr, norm_ptr, live, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
     T4: tl.constexpr, T5: tl.constexpr, T6: tl.constexpr, T7: tl.constexpr,
 ):  # fmt: skip
-    """Table entries with their signs, float32 [ROWS, BLOCK_D].
+    """Rotated tokens, float32 [ROWS, BLOCK_D]: norm, sign and table entry.
 
-    `token_ptr` [ROWS] points to the words of a token; tokens not `live` and channels behind HEAD_DIM give T0.
+    `token_ptr` and `norm_ptr` [ROWS] point to the words and the norm of a token. Tokens not `live` give 0, channels
+    behind HEAD_DIM any finite number.
     """
     HALF: tl.constexpr = 1 << (BITS - 1)
     if BITS == 3:
         LOW: tl.constexpr = (HEAD_DIM + 15) // 16
-        place = _load_plane(token_ptr, live, LOW, 2, ROWS, BLOCK_D)
-        negative = _load_plane(token_ptr + LOW, live, (HEAD_DIM + 31) // 32, 1, ROWS, BLOCK_D) != 0
+        place = load_plane(token_ptr, live, LOW, 32, 2, ROWS, BLOCK_D)
+        negative = load_plane(token_ptr + LOW, live, (HEAD_DIM + 31) // 32, 32, 1, ROWS, BLOCK_D) != 0
     else:
-        code = _load_plane(token_ptr, live, HEAD_DIM * BITS // 32, BITS, ROWS, BLOCK_D)
+        code = load_plane(token_ptr, live, HEAD_DIM * BITS // 32, 32, BITS, ROWS, BLOCK_D)
         place = code & (HALF - 1)
         negative = code >= HALF
-    size = entry(place, HALF, T0, T1, T2, T3, T4, T5, T6, T7)
+    norm = tl.load(norm_ptr, mask=live, other=0.0).to(tl.float32)[:, None]
+    size = entry(place, HALF, T0, T1, T2, T3, T4, T5, T6, T7) * norm
     return tl.where(negative, -size, size)
 
 
@@ -103,11 +81,11 @@ def store_signed(
     """
     if BITS == 3:
         LOW: tl.constexpr = (HEAD_DIM + 15) // 16
-        _store_plane(token_ptr, place, live, LOW, 2, ROWS, BLOCK_D)
-        _store_plane(token_ptr + LOW, negative, live, (HEAD_DIM + 31) // 32, 1, ROWS, BLOCK_D)
+        store_plane(token_ptr, place, live, LOW, 32, 2, ROWS, BLOCK_D)
+        store_plane(token_ptr + LOW, negative, live, (HEAD_DIM + 31) // 32, 32, 1, ROWS, BLOCK_D)
     else:
         code = place | (negative << (BITS - 1))
-        _store_plane(token_ptr, code, live, HEAD_DIM * BITS // 32, BITS, ROWS, BLOCK_D)
+        store_plane(token_ptr, code, live, HEAD_DIM * BITS // 32, 32, BITS, ROWS, BLOCK_D)
 
 
 def padded_channels(head_dim: int) -> int:
@@ -115,6 +93,6 @@ def padded_channels(head_dim: int) -> int:
     return max(next_power_of_2(head_dim), 32)
 
 
-def table_constants(prefix: str, table: Sequence[float]) -> dict[str, float]:
-    """Return a table of at most eight numbers as the constants of a kernel that begin with `prefix`."""
-    return {f"{prefix}{place}": table[min(place, len(table) - 1)] for place in range(8)}
+def table_constants(first: int, size: int, table: Sequence[float]) -> dict[str, float]:
+    """Return a table as `size` constants of a kernel, from `T<first>` on; the last number fills up."""
+    return {f"T{first + place}": table[min(place, len(table) - 1)] for place in range(size)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ottfx.kernels.launch import dense_rows, launch
 from ottfx.kernels.packing import FINITE_MAX, make_finite
-from ottfx.kernels.rotate import BLOCK, hadamard, rotation_signs
+from ottfx.kernels.rotate import BLOCK, rotate_rows
 from ottfx.kernels.table_codes import entry, nearest, padded_channels, store_signed, table_constants
 
 
@@ -30,12 +30,8 @@ def _store_tokens(
     # [ROWS, BLOCK_D]
     x = make_finite(tl.load(x_ptr + token_offset[:, None] + channel[None, :], mask=live[:, None] & in_row, other=0.0))
     norm = tl.sqrt_rn(tl.sum(x * x, axis=1))
-    x = x * rotation_signs(channel, SIZE, OFFSET)[None, :]
-    BLOCKS: tl.constexpr = ROWS * BLOCK_D // SIZE
-    x = tl.reshape(hadamard(tl.reshape(x, [BLOCKS, SIZE]), BLOCKS, SIZE), [ROWS, BLOCK_D])
-    root = tl.sqrt_rn(tl.full([ROWS], SIZE, tl.float32))
-    per_norm = tl.where(norm == 0.0, 0.0, 1.0 / (tl.where(norm == 0.0, 1.0, norm) * root))
-    unit = x * per_norm[:, None]
+    per_norm = tl.where(norm == 0.0, 0.0, 1.0 / tl.where(norm == 0.0, 1.0, norm))
+    unit = rotate_rows(x, SIZE, OFFSET, ROWS, BLOCK_D) * per_norm[:, None]
     HALF: tl.constexpr = 1 << (BITS - 1)
     place = nearest(tl.abs(unit), HALF, T0, T1, T2, T3, T4, T5, T6, T7)
     if CORRECT:
@@ -53,10 +49,10 @@ def _append_kernel(
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_WORDS: tl.constexpr, VALUE_WORDS: tl.constexpr, SIZE: tl.constexpr, OFFSET: tl.constexpr,
     CORRECT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
-    K4: tl.constexpr, K5: tl.constexpr, K6: tl.constexpr, K7: tl.constexpr,
-    V0: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr, V3: tl.constexpr,
-    V4: tl.constexpr, V5: tl.constexpr, V6: tl.constexpr, V7: tl.constexpr,
+    T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
+    T4: tl.constexpr, T5: tl.constexpr, T6: tl.constexpr, T7: tl.constexpr,
+    T8: tl.constexpr, T9: tl.constexpr, T10: tl.constexpr, T11: tl.constexpr,
+    T12: tl.constexpr, T13: tl.constexpr, T14: tl.constexpr, T15: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int64)
@@ -70,13 +66,13 @@ def _append_kernel(
         offset = batch * stride_key_batch + head * stride_key_head + token * stride_key_token
         _store_tokens(
             key_ptr, key_codes_ptr, key_scale_ptr, offset, slot, live, KEY_BITS, HEAD_DIM, SIZE, OFFSET, CORRECT,
-            KEY_WORDS, ROWS, BLOCK_D, K0, K1, K2, K3, K4, K5, K6, K7,
+            KEY_WORDS, ROWS, BLOCK_D, T0, T1, T2, T3, T4, T5, T6, T7,
         )  # fmt: skip
     else:
         offset = batch * stride_value_batch + head * stride_value_head + token * stride_value_token
         _store_tokens(
             value_ptr, value_codes_ptr, value_scale_ptr, offset, slot, live, VALUE_BITS, HEAD_DIM, SIZE, OFFSET,
-            CORRECT, VALUE_WORDS, ROWS, BLOCK_D, V0, V1, V2, V3, V4, V5, V6, V7,
+            CORRECT, VALUE_WORDS, ROWS, BLOCK_D, T8, T9, T10, T11, T12, T13, T14, T15,
         )  # fmt: skip
 
 
@@ -143,7 +139,7 @@ def append(
         "CORRECT": norm_correction,
         "ROWS": rows,
         "BLOCK_D": block_d,
-        **table_constants("K", key_table),
-        **table_constants("V", value_table),
+        **table_constants(0, 8, key_table),
+        **table_constants(8, 8, value_table),
     }
     launch(_append_kernel, (batch_size * num_kv_heads, -(-q_len // rows), 2), arguments, num_warps=1, num_stages=1)

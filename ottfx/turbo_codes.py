@@ -1,7 +1,7 @@
 """Codes of TurboQuant: a norm, and for each coordinate of the rotated unit vector an entry of one table. Plain torch.
 
-A code is a sign and a place in the ascending table of magnitudes: the sign is the highest bit. Words hold the codes of
-neighbouring channels, the first at the lowest bits.
+A code is a sign and a place in the ascending table of magnitudes: the sign is the highest bit. Words are planes of
+codes (`ottfx/word_planes.py`).
 
 Source: Zandieh et al., TurboQuant, arXiv:2504.19874, algorithm 1 (the quantizer for mean squared error).
 """
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ottfx.lloyd_max import sphere_magnitudes
-from ottfx.reference import FINITE_MAX, make_finite, reciprocal, to_int32
+from ottfx.reference import FINITE_MAX, make_finite, reciprocal
 from ottfx.rotation import rotate
+from ottfx.word_planes import entries, pack_plane, plane_words, unpack_plane
 
 CODE_BITS = (2, 3, 4)
 _PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,)}
@@ -22,7 +23,7 @@ _PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,)}
 
 def words_per_token(head_dim: int, bits: int) -> int:
     """Return the int32 words of one token: `head_dim * bits / 32`, each plane rounded up to whole words."""
-    return sum(-(-head_dim * width // 32) for width in _PLANES[bits])
+    return sum(plane_words(head_dim, width, 32) for width in _PLANES[bits])
 
 
 def channels(words: int, bits: int) -> int:
@@ -51,7 +52,7 @@ def encode(x: Tensor, bits: int, norm_correction: bool, seed: int) -> tuple[Tens
     magnitude = sum((unit.abs() > threshold).to(torch.int64) for threshold in table.thresholds)
     assert isinstance(magnitude, Tensor)
     if norm_correction:
-        norm = norm / _entries(magnitude, table.values).square().sum(-1).sqrt()
+        norm = norm / entries(magnitude, table.values).square().sum(-1).sqrt()
     return _pack(magnitude, (unit < 0).to(torch.int64), bits), norm.clamp(max=FINITE_MAX).half()
 
 
@@ -59,37 +60,16 @@ def decode(words: Tensor, norm: Tensor, bits: int, head_dim: int) -> Tensor:
     """Return fp32 [..., head_dim], rotated, of words int32 [..., words_per_token] and norms fp16 [...]."""
     bits, planes, start = int(bits), [], 0
     for width in _PLANES[bits]:
-        count = -(-head_dim * width // 32)
-        planes.append(_unpack_plane(words.narrow(-1, start, count), width, head_dim))
+        count = plane_words(head_dim, width, 32)
+        planes.append(unpack_plane(words.narrow(-1, start, count), width, head_dim))
         start += count
     code = planes[0] if len(planes) == 1 else planes[0] | (planes[1] << 2)
     half = 2 ** (bits - 1)
-    value = _entries(code & (half - 1), sphere_magnitudes(head_dim, bits).values)
+    value = entries(code & (half - 1), sphere_magnitudes(head_dim, bits).values)
     return torch.where(code >= half, -value, value) * norm.float().unsqueeze(-1)
-
-
-def _entries(index: Tensor, values: tuple[float, ...]) -> Tensor:
-    # No table on the device: a tracer would have to lift it.
-    result = torch.full_like(index, values[0], dtype=torch.float32)
-    for place, value in enumerate(values[1:], 1):
-        result = torch.where(index == place, value, result)
-    return result
 
 
 def _pack(magnitude: Tensor, negative: Tensor, bits: int) -> Tensor:
     if bits == 3:
-        return torch.cat([_pack_plane(magnitude, 2), _pack_plane(negative, 1)], dim=-1)
-    return _pack_plane(magnitude | (negative << (bits - 1)), bits)
-
-
-def _pack_plane(codes: Tensor, width: int) -> Tensor:
-    per_word = 32 // width
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_word)).unflatten(-1, (-1, per_word))
-    shift = width * torch.arange(per_word, device=codes.device)
-    return to_int32((codes << shift).sum(-1))
-
-
-def _unpack_plane(words: Tensor, width: int, head_dim: int) -> Tensor:
-    shift = width * torch.arange(32 // width, dtype=torch.int32, device=words.device)
-    codes = (words.unsqueeze(-1) >> shift) & (2**width - 1)
-    return codes.flatten(-2).narrow(-1, 0, head_dim)
+        return torch.cat([pack_plane(magnitude, 2, torch.int32), pack_plane(negative, 1, torch.int32)], dim=-1)
+    return pack_plane(magnitude | (negative << (bits - 1)), bits, torch.int32)

@@ -32,6 +32,7 @@ SCHEMES = {
     "ott": {"group_size": 32, "residual_length": 32, "exempt_layers": (0,)},
     "ott+": {"group_size": 32, "residual_length": 32},
     "turbo": {"bits": 3, "seed": 2},
+    "polar": {"first_bits": 2},
 }
 
 

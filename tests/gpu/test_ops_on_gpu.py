@@ -29,6 +29,9 @@ CASES = [
     ("turbo", {"bits": 2}, 2, 32, 8, 128),
     ("turbo", {"bits": 3, "norm_correction": True, "seed": 9}, 2, 4, 2, 80),
     ("turbo", {"key_bits": 4, "value_bits": 3}, 1, 8, 2, 256),
+    ("polar", {}, 2, 32, 8, 128),
+    ("polar", {"first_bits": 2, "seed": 9}, 2, 4, 2, 80),
+    ("polar", {"first_bits": 1}, 1, 8, 2, 256),
 ]
 STEPS = (300, 1, 1, 5, 120, 1, 260, 1)
 """Tokens of each call: a prompt, decode steps, chunks that cross one and several group boundaries."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_tokens, tiny_model
 from torch._dynamo.utils import counters
+from transformers import DynamicCache
 
 import ottfx
 from ottfx.cache_state import CacheHalf
@@ -196,18 +197,21 @@ def test_more_bits_agree_longer(scheme):
     assert relative_error(got, want) < 0.05
 
 
-@pytest.mark.parametrize(("scheme", "options"), [("turbo", {"bits": 4})])
-def test_schemes_without_a_window_generate(scheme, options):
-    """A prompt, decode steps, a crop and a chunk: few bits, and as near as 4 bits are in a random tiny model."""
-    reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme, **options)
+@pytest.mark.parametrize(("scheme", "bits"), [("turbo", 2 + 16 / 16), ("polar", (32 + 3 * 8 + 16) / 16)])
+def test_schemes_without_a_window_generate(scheme, bits):
+    """After a prompt, decode steps and a crop, a chunk sees what a dense cache of the dequantized tokens shows."""
+    reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme)
     ids = random_tokens(3, 150)
-    got = generate(twin, ids, new_tokens=6)
-    cache = got.past_key_values
-    held = ottfx.memory_footprint(cache).total
-    heads, head_dim = cache.layers[0].keys.shape[1], cache.layers[0].keys.shape[3]
-    assert held < 0.2 * 2 * len(cache.layers) * 3 * heads * 256 * head_dim * 4
+    cache = generate(twin, ids, new_tokens=6).past_key_values
     cache.crop(140 - cache.get_seq_length())
+    halves = [tensor.payload for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert {payload.length for payload in halves} == {140}
+    elements = sum(payload.half.shape.pages * 128 * payload.dequantize()[:, :, 0].numel() for payload in halves)
+    assert ottfx.memory_footprint(cache).total * 8 == bits * elements
+    dense = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        dense.update(layer.keys.payload.dequantize(), layer.values.payload.dequantize(), index)
     with torch.no_grad():
-        want = reference(ids).logits[:, 140:]
-        logits = twin(ids[:, 140:], past_key_values=cache).logits
-    assert relative_error(logits, want) < 0.5
+        want = reference(ids[:, 140:], past_key_values=dense).logits
+        got = twin(ids[:, 140:], past_key_values=cache).logits
+    assert relative_error(got, want) < 1e-4

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from ottfx import polar_codes
+from ottfx.kernels.polar_append import append as append_polar
 from ottfx.kernels.rotate import rotate
-from ottfx.kernels.token_attend import attend_turbo
+from ottfx.kernels.token_attend import attend_polar, attend_turbo
 from ottfx.kernels.turbo_append import append as append_turbo
 from ottfx.lloyd_max import sphere_magnitudes
 from ottfx.registry import make_config
@@ -46,28 +48,37 @@ class Case:
         return Store(self.config(), self.batch, self.kv_heads, self.head_dim, self.past + 100, self.dtype)
 
 
-def kernel_operands(case, store, device):
-    """What follows the lengths in the launchers: state and constants; the state is a copy."""
+def operands(case, store, device, tables_of):
+    """What launchers take behind the tokens: lengths of the site, a copy of the state, constants, tables, the seed."""
     config = case.config()
     state = [tensor.clone().to(device) for role in ROLES for tensor in store.state[role].values()]
-    tables = [sphere_magnitudes(case.head_dim, bits).values for bits in config.widths()]
-    return state, (*config.widths(), config.norm_correction), (*tables, seed_offset(config.seed))
+    if case.scheme == "turbo":
+        constants = config.widths()
+        tables = [sphere_magnitudes(case.head_dim, bits).values for bits in constants]
+    else:
+        constants = [config.first_bits]
+        bits = (config.first_bits, 2, 2, 2)
+        tables = [[tables_of(level, width) for level, width in enumerate(bits, 1)]]
+    return store.lengths()[1:].to(device), state, constants, [*tables, seed_offset(config.seed)]
 
 
 def run_append(case, store, key, value, device):
     """State after an append by the kernels, by name."""
-    state, options, tables = kernel_operands(case, store, device)
-    append_turbo(key.to(device), value.to(device), store.lengths()[1:].to(device), *state, *options, *tables)
+    lengths, state, constants, tables = operands(case, store, device, polar_codes.slopes)
+    append = append_polar
+    if case.scheme == "turbo":
+        append, constants = append_turbo, [*constants, case.config().norm_correction]
+    append(key.to(device), value.to(device), lengths, *state, *constants, *tables)
     names = [name for role in ROLES for name in store.state[role]]
     return {name: tensor.cpu() for name, tensor in zip(names, state, strict=True)}
 
 
 def run_attend(case, store, query, key, value, mask, device):
-    state, options, tables = kernel_operands(case, store, device)
+    lengths, state, constants, tables = operands(case, store, device, polar_codes.cosines)
     tensors = [tensor.to(device) for tensor in (query, key, value)]
     mask = None if mask is None else mask.to(device)
-    lengths = store.lengths()[1:].to(device)
-    return attend_turbo(*tensors, mask, lengths, 0.3, *state, *options[:2], *tables).cpu()
+    attend = attend_turbo if case.scheme == "turbo" else attend_polar
+    return attend(*tensors, mask, lengths, 0.3, *state, *constants, *tables).cpu()
 
 
 APPEND = [
@@ -76,6 +87,9 @@ APPEND = [
     (Case("turbo", (("bits", 4), ("seed", 7)), head_dim=16, batch=2, dtype=HALF), 1),
     (Case("turbo", (("key_bits", 4), ("value_bits", 3), ("norm_correction", True)), head_dim=64, dtype=HALF), 40),
     (Case("turbo", (("bits", 2), ("norm_correction", True)), head_dim=96), 3),
+    (Case("polar", head_dim=64), 5),
+    (Case("polar", (("first_bits", 2),), head_dim=80, past=0, kv_heads=3), 9),
+    (Case("polar", (("first_bits", 1), ("seed", 7)), head_dim=16, batch=2, dtype=HALF), 1),
 ]
 ATTEND = [
     (Case("turbo", batch=2, heads=4, kv_heads=2, past=140, dtype=HALF), 1, "bool"),
@@ -83,10 +97,17 @@ ATTEND = [
     (Case("turbo", (("key_bits", 4), ("value_bits", 2), ("seed", 3)), past=90, head_dim=64, dtype=HALF), 1, "float"),
     (Case("turbo", past=0, head_dim=16), 20, "causal"),
     (Case("turbo", past=128, heads=1), 1, "none"),
+    (Case("polar", batch=2, heads=4, kv_heads=2, past=140, head_dim=64, dtype=HALF), 1, "bool"),
+    (Case("polar", (("first_bits", 2),), head_dim=80, heads=3), 2, "causal"),
+    (Case("polar", (("first_bits", 1), ("seed", 3)), past=90, head_dim=16), 1, "float"),
 ]
 LARGE = [
     (Case("turbo", (("bits", bits),), 3, heads, 4, head_dim, 1500, dtype), n, kind)
     for bits, head_dim, dtype in ((2, 128, torch.bfloat16), (3, 128, HALF), (4, 256, HALF), (3, 80, FLOAT))
+    for heads, n, kind in ((4, 1, "none"), (32, 1, "bool"), (8, 150, "causal"))
+] + [
+    (Case("polar", (("first_bits", bits),), 3, heads, 4, head_dim, 1500, dtype), n, kind)
+    for bits, head_dim, dtype in ((4, 128, torch.bfloat16), (2, 256, HALF), (1, 80, FLOAT))
     for heads, n, kind in ((4, 1, "none"), (32, 1, "bool"), (8, 150, "causal"))
 ]
 
@@ -161,7 +182,7 @@ def test_kernels_on_long_caches(case, q_len, kind, kernel_device):
     check_attend(case, q_len, kind, kernel_device)
 
 
-@pytest.mark.parametrize("scheme", ["turbo"])
+@pytest.mark.parametrize("scheme", ["turbo", "polar"])
 def test_slots_without_a_token_and_hidden_rows(scheme, kernel_device):
     case = Case(scheme, past=100)
     store = case.store()
@@ -172,7 +193,8 @@ def test_slots_without_a_token_and_hidden_rows(scheme, kernel_device):
     before = run_attend(case, store, query, key, value, mask, kernel_device)
     for role in ROLES:
         for tensor in store.state[role].values():
-            tensor.flatten(2, 3)[:, :, 100:] = torch.nan if tensor.is_floating_point() else -1
+            junk = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+            tensor.flatten(2, 3)[:, :, 100:] = junk
     after = run_attend(case, store, query, key, value, mask, kernel_device)
     assert torch.equal(before, after)
     assert before[:, :, 0].abs().min() > 0 and not before[:, :, 1].any()

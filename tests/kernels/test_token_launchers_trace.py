@@ -80,7 +80,7 @@ def mutated(mode, node):
 
 
 @pytest.mark.parametrize("q_len", [1, None], ids=["decode", "chunk"])
-@pytest.mark.parametrize("scheme", ["turbo"])
+@pytest.mark.parametrize("scheme", ["turbo", "polar"])
 def test_ops_trace_without_guards(scheme, q_len):
     shapes, _, launches, _ = trace(scheme, q_len)
     # Two rotations, attention, its combination and the rotation back; one that stores.
@@ -88,9 +88,9 @@ def test_ops_trace_without_guards(scheme, q_len):
     assert shapes.guards == []
 
 
-@pytest.mark.parametrize("scheme", ["turbo"])
+@pytest.mark.parametrize("scheme", ["turbo", "polar"])
 def test_append_writes_the_state_and_attend_does_not(scheme):
     _, mode, launches, state = trace(scheme, 1)
     names = [mutated(mode, node) for node in launches]
     assert names[:5] == [{"output"}, {"output"}, {"partial", "log_sum"}, {"output"}, {"output"}]
-    assert names[5] == {name.replace("_norm", "_scale") for name in state}
+    assert names[5] == {name.replace("_norm", "_scale").replace("_radius", "_scale") for name in state}

@@ -12,6 +12,7 @@ CONFIGS = [
     make_config("kivi", group_size=32, residual_length=64).at_layer(5),
     make_config("ott", group_size=32, residual_length=16).at_layer(5),
     make_config("turbo"),
+    make_config("polar"),
 ]
 
 
@@ -31,7 +32,7 @@ def mark(store: Store, query, key, value, mask) -> None:
 CASES = [
     # Inductor takes a minute and more for the larger ones.
     pytest.param(config, q_len, id=f"{config.scheme}-{q_len}", marks=marks)
-    for config, marks in zip(CONFIGS, ((), (), pytest.mark.slow, pytest.mark.slow), strict=True)
+    for config, marks in zip(CONFIGS, ((), (), *[pytest.mark.slow] * 3), strict=True)
     for q_len in (1, 37)
     for marks in [pytest.mark.slow if q_len > 1 else marks]
 ]
