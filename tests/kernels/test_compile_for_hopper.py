@@ -40,6 +40,7 @@ POINTERS = {
     "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
     "partial": "fp32", "log_sum": "fp32", "key_order": "i16", "order": "i16",
     "codes": "i32", "scale": "fp16", "zero_point": "fp16", "score": "fp32", "hard": "i8",
+    "key_upper": "u8", "value_upper": "u8",
     "key_row_scale": "i64", "value_row_scale": "i64",
 }  # fmt: skip
 
