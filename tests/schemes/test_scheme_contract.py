@@ -10,6 +10,7 @@ from scheme_store import PAGE, ROLES, Store, random_tokens, state_difference
 
 from ottfx.registry import get_scheme, make_config, scheme_names
 from ottfx.schemes.affine import AffineScheme
+from ottfx.schemes.base import ANY_LENGTH
 
 SMALL = {
     "kivi": {"group_size": 32, "residual_length": 64},
@@ -162,6 +163,18 @@ def test_without_a_mask_every_query_sees_every_token(scheme):
     everything = torch.ones(1, 1, 3, 133, dtype=torch.bool)
     one = store.attend(query, key[:, :, :3], value[:, :, :3], None)
     torch.testing.assert_close(one, store.attend(query, key[:, :, :3], value[:, :, :3], everything))
+
+
+@pytest.mark.parametrize("scheme", scheme_names())
+def test_attention_finds_the_length_itself(scheme):
+    # As in a recorded step: one number for all lengths, and a mask whose columns behind the tokens mean nothing.
+    store, key, value = filled(scheme, 150)
+    query, capacity = torch.randn(1, 4, 2, 32), store.shape.pages * PAGE
+    mask = torch.rand(1, 1, 2, capacity) > 0.3
+    mask[..., 150:152] = torch.ones(2, 2, dtype=torch.bool).tril()
+    new = key[:, :, :2], value[:, :, :2]
+    result = store.scheme.attend_op(query, *new, mask, store.lengths(), 1, ANY_LENGTH, 0.125, *store.tail_operands())
+    torch.testing.assert_close(result, store.attend(query, *new, mask[..., :152]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scheme", [*AFFINE, "none"])
