@@ -18,7 +18,7 @@ from ottfx.affine_schedule import due_range, ring_positions, window_index
 from ottfx.mixed_words import known_order
 from ottfx.outlier_pool import trace_outliers
 from ottfx.reference import dequantize_affine, make_finite
-from ottfx.schemes.base import is_always, new_positions
+from ottfx.schemes.base import ROLES, is_always, new_positions
 from ottfx.window_rows import decode_rows, encode_rows
 
 
@@ -249,12 +249,15 @@ def append_to_ring(
         state: keyword operands of `append`; the ring is written.
     """
     row = (lengths[site, 0] + torch.arange(key.shape[2], device=key.device)) % state["key_residual"].shape[2]
-    for role, rows in (("key", key), ("value", value)):
-        scale_of_row = state.get(f"{role}_residual_scale")
-        if scale_of_row is not None:
-            rows, scale = encode_rows(rows)
-            scale_of_row.index_copy_(2, row, scale)
-        state[f"{role}_residual"].index_copy_(2, row, rows)
+    rows = [key, value]
+    if state.get("key_residual_scale") is not None:
+        # Both at once: of one token, calls take longer than arithmetic.
+        codes, scales = encode_rows(torch.stack(rows))
+        rows = [*codes]
+        for role, scale in zip(ROLES, scales, strict=True):
+            state[f"{role}_residual_scale"].index_copy_(2, row, scale)
+    for role, stored in zip(ROLES, rows, strict=True):
+        state[f"{role}_residual"].index_copy_(2, row, stored)
     if valid is None:
         state["residual_valid"].index_fill_(1, row, 1)
     else:

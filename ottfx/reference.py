@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ottfx.errors import ConfigError
+from ottfx.opaque_call import in_opaque_call
 
 FINITE_MAX = 65504.0
 """Largest finite fp16 number: what infinities are stored as."""
@@ -41,6 +42,8 @@ def round_to_half(x: Tensor) -> Tensor:
 
     Same as `x.half().float()`, which a compiler may fuse into nothing.
     """
+    if in_opaque_call():
+        return x.half().float()
     exponent = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
     spacing = exponent.clamp(min=2.0**-14) * 2.0**-10
     return torch.round(x / spacing) * spacing
