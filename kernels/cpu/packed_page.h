@@ -38,8 +38,8 @@ constexpr Layout mixed() {
   return layout;
 }
 
-constexpr int kLayouts = 5, kMixed = 4;
-constexpr Layout kLayout[kLayouts] = {uniform(2, false), uniform(2, true), uniform(4, false), uniform(8, false), mixed()};
+constexpr Layout kLayout[] = {uniform(2, false), uniform(2, true), uniform(4, false), uniform(8, false), mixed()};
+constexpr int kMixed = 4;
 inline int layout_of(int64_t bits) { return bits == 2 ? 0 : bits == 3 ? 1 : bits == 4 ? 2 : 3; }
 
 // The third bits of 16 codes of `kLanes` rows: the words of a 1-bit plane hold the rows of both halves of a page.
