@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ottfx.kernels.launch import dense_rows, launch
-from ottfx.kernels.packing import FINITE_MAX, make_finite
+from ottfx.kernels.packing import FINITE_MAX, PAGE, make_finite
 from ottfx.kernels.polar_codes import level_constants, padded_blocks, store_blocks
 from ottfx.kernels.rotate import BLOCK, rotate_rows
 
@@ -37,7 +37,7 @@ def _append_kernel(
     head = pair % NUM_KV_HEADS
     token = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     live = token < q_len
-    slot = pair * (pages * 128) + tl.load(lengths_ptr) + token
+    slot = pair * (pages * PAGE) + tl.load(lengths_ptr) + token
     channel = tl.arange(0, BLOCK_D)
     in_tile = live[:, None] & (channel < HEAD_DIM)[None, :]
     if tl.program_id(2) == 0:

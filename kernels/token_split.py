@@ -8,6 +8,7 @@ rotated: queries come rotated as well.
 import triton
 import triton.language as tl
 
+from ottfx.kernels.packing import PAGE
 from ottfx.kernels.polar_codes import load_blocks
 from ottfx.kernels.table_codes import load_signed
 from ottfx.kernels.token_softmax import accumulate, attend_new, masked_scores
@@ -66,7 +67,7 @@ def _attend_tokens_kernel(
         rotated_row = (pair * QUERIES_PER_KV + row % QUERIES_PER_KV) * q_len + query_token
         # [BLOCK_M, BLOCK_D]
         query = tl.load(rotated_ptr + rotated_row[:, None] * HEAD_DIM + channel[None, :], mask=in_tile, other=0.0)
-        first_slot = pair * pages * 128
+        first_slot = pair * pages * PAGE
         for tile in tl.range(first_tile, tl.minimum(first_tile + share, tiles)):
             token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             live = token < past

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ottfx.kernels.launch import dense_rows, launch
-from ottfx.kernels.packing import FINITE_MAX, make_finite
+from ottfx.kernels.packing import FINITE_MAX, PAGE, make_finite
 from ottfx.kernels.rotate import BLOCK, rotate_rows
 from ottfx.kernels.table_codes import entry, nearest, padded_channels, store_signed, table_constants
 
@@ -61,7 +61,7 @@ def _append_kernel(
     head = pair % NUM_KV_HEADS
     token = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     live = token < q_len
-    slot = pair * (pages * 128) + tl.load(lengths_ptr) + token
+    slot = pair * (pages * PAGE) + tl.load(lengths_ptr) + token
     if tl.program_id(2) == 0:
         offset = batch * stride_key_batch + head * stride_key_head + token * stride_key_token
         _store_tokens(

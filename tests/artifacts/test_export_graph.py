@@ -82,20 +82,27 @@ def test_plain_decoder():
         torch.testing.assert_close(eager.step(chunk, seen, cache), want[:, -1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["ott", "ott+"])
-def test_quantized_programs_do_what_the_compiled_model_does(scheme):
+@pytest.mark.parametrize(
+    ("scheme", "options", "packed"),
+    [
+        ("ott", {"exempt_layers": ()}, 256),
+        ("ott+", {"exempt_layers": ()}, 256),
+        pytest.param("turbo", {}, 340, marks=pytest.mark.slow),
+    ],
+)
+def test_quantized_programs_do_what_the_compiled_model_does(scheme, options, packed):
     model = tiny_model("llama")
-    eager = Eager(model, call_transformers, scheme, exempt_layers=())
+    eager = Eager(model, call_transformers, scheme, **options)
     tokens, mask = random_tokens(2, 340), torch.ones(2, 340, dtype=torch.int64)
     cache = ProgramCache.allocate(eager.programs["decode"].sites, 2)
-    compiled = ottfx.compile(model, scheme=scheme, exempt_layers=(), lower="eager")
+    compiled = ottfx.compile(model, scheme=scheme, lower="eager", **options)
     past = None
     for chunk, seen in chunks_of(tokens, mask, [300, 1, 38, 1]):
         with torch.no_grad():
             output = compiled(input_ids=chunk, attention_mask=seen, past_key_values=past, use_cache=True)
         past = output.past_key_values
         torch.testing.assert_close(eager.step(chunk, seen, cache), output.logits[:, -1:], rtol=1e-4, atol=1e-4)
-    assert cache.layers[0][0].packed == past.layers[0].keys.payload.half.packed == 256
+    assert cache.layers[0][0].packed == past.layers[0].keys.payload.half.packed == packed
 
 
 def test_inputs_have_one_order_and_sizes_vary():
