@@ -292,7 +292,7 @@ extern "C" void ottfx_affine_attend(const ottfx::Arguments* arguments) {
       const int64_t tiles = task.tiles();
       for (int64_t tile = tiles * split / splits; tile < tiles * (split + 1) / splits; ++tile) task.add_tile(tile);
     }
-#pragma omp for
+#pragma omp for nowait
     for (int64_t head = 0; head < heads; ++head) join(a, head, partials.data() + head * splits * size, splits);
   }
 }
