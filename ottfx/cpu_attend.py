@@ -29,7 +29,7 @@ _NO_TYPE = -1
 
 
 class _Arguments(ctypes.Structure):
-    """The struct `Arguments` of `affine_attend.cpp`, in the same order."""
+    """The struct `Arguments` of `kernels/cpu/arguments.h`, in the same order."""
 
     _fields_ = [
         *(
@@ -59,7 +59,7 @@ def _library() -> Any | None:
         from torch._inductor.codecache import CppCodeCache
 
         folder = next(path for root in ottfx.__path__ if (path := Path(root, "kernels", "cpu")).is_dir())
-        sources = b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+        sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.*")))
         # The cache looks at this text only, so it has to name the contents of the file that it includes.
         text = f'// {hashlib.sha256(sources).hexdigest()}\n#include "{folder / "affine_attend.cpp"}"\n'
         library = CppCodeCache.load(text, extra_flags=_FLAGS)
@@ -83,7 +83,7 @@ def takes(query: Tensor, key: Tensor, mask: Tensor | None, state: Mapping[str, A
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     in_one_piece = all(tensor.is_contiguous() for tensor in state.values() if isinstance(tensor, Tensor))
     known_mask = mask is None or mask.dtype in _TYPES
-    return rows <= MOST_ROWS and in_one_piece and known_mask and _library() is not None
+    return key.device.type == "cpu" and rows <= MOST_ROWS and in_one_piece and known_mask and _library() is not None
 
 
 def attend(
