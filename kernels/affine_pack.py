@@ -150,10 +150,10 @@ def key_levels(channel, BITS: tl.constexpr, MIXED: tl.constexpr):
 
 
 @triton.jit
-def _store_value_codes(
+def store_value_codes(
     page_ptr, codes, due, strip, BITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):
-    # codes int32 [16, 2 * BLOCK_HALF]: 16 tokens; the columns are two halves of the channels, each padded.
+    """Write codes int32 [16, 2 * BLOCK_HALF] of 16 tokens; the columns are two halves of the channels, each padded."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 32 // WIDTH
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -259,4 +259,4 @@ def pack_value_strip(
         codes = codes_of(symmetric_steps(tl.where(real[:, None], x, 0.0), per_step_tile, LEVELS))
     else:
         codes = codes_of(steps_of(x, zero_point_tile, per_step_tile, LEVELS))
-    _store_value_codes(codes_ptr + slot * (4 * HEAD_DIM * BITS), codes, due, strip, BITS, HEAD_DIM, BLOCK_HALF)
+    store_value_codes(codes_ptr + slot * (4 * HEAD_DIM * BITS), codes, due, strip, BITS, HEAD_DIM, BLOCK_HALF)

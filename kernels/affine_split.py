@@ -44,14 +44,14 @@ def _accumulate(scores, value, row_max, row_sum, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _attend_dense(
+def attend_dense(
     query, key_ptr, key_row_scale_ptr, stride_key_token, value_ptr, value_row_scale_ptr, stride_value_token,
     row, live, column,
     mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # `row` int32 [BLOCK_N] counts from where the pointers are.
+    """Take tokens in full precision into the running softmax; `row` int32 [BLOCK_N] counts from where pointers are."""
     channel = tl.arange(0, BLOCK_D)
     in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
     # [BLOCK_N, BLOCK_D]
@@ -88,12 +88,12 @@ def _load_keys(
 
 
 @triton.jit
-def _load_values(
+def load_values(
     codes_ptr, scale_ptr, zero_point_ptr, row, live,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Float32 [BLOCK_N, BLOCK_D]; the pointers are those of a page.
+    """Values float32 [BLOCK_N, BLOCK_D] of the tokens from row `row` on; the pointers are those of a page."""
     codes = load_value_codes(codes_ptr, row, BITS, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
     token = row + tl.arange(0, BLOCK_N)
     if (HEAD_DIM == BLOCK_D) | (GROUPS == 1):
@@ -217,7 +217,7 @@ def _attend_kernel(
                 MASK,
                 MASK_FLOOR,
             )
-            value = _load_values(
+            value = load_values(
                 value_codes_ptr + slot * (4 * HEAD_DIM * VALUE_BITS),
                 value_scale_ptr + slot * (VALUE_GROUPS * 128),
                 value_zero_point_ptr + slot * (VALUE_GROUPS * 128),
@@ -231,7 +231,7 @@ def _attend_kernel(
         value_row_scale_ptr += pair * CAPACITY
         for start in tl.range(packed, past, BLOCK_N):
             token = start + column
-            row_max, row_sum, acc = _attend_dense(
+            row_max, row_sum, acc = attend_dense(
                 query, ring_key_ptr, key_row_scale_ptr, HEAD_DIM, ring_value_ptr, value_row_scale_ptr, HEAD_DIM,
                 token % CAPACITY, token < past, token,
                 mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
@@ -243,7 +243,7 @@ def _attend_kernel(
             for start in tl.range(0, POOL_ROWS, BLOCK_N):
                 seat = start + column
                 position = tl.load(outlier_position_ptr + pair * POOL_ROWS + seat, mask=seat < POOL_ROWS, other=-1)
-                row_max, row_sum, acc = _attend_dense(
+                row_max, row_sum, acc = attend_dense(
                     query, pool_key_ptr, key_row_scale_ptr, HEAD_DIM, pool_value_ptr, value_row_scale_ptr, HEAD_DIM,
                     seat, (position >= 0) & (position < past), position,
                     mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
@@ -254,7 +254,7 @@ def _attend_kernel(
         for start in tl.range(0, q_len, BLOCK_N):
             token = start + column
             first = tl.cast(start, tl.int64)
-            row_max, row_sum, acc = _attend_dense(
+            row_max, row_sum, acc = attend_dense(
                 query, new_key_ptr + first * stride_key_token, key_row_scale_ptr, stride_key_token,
                 new_value_ptr + first * stride_value_token, value_row_scale_ptr, stride_value_token,
                 column, token < q_len, past + token,

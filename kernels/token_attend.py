@@ -157,7 +157,7 @@ def _attend(
     partial = torch.empty((all_rows, splits + 1, head_dim), dtype=torch.float32, device=query.device)
     log_sum = torch.empty((all_rows, splits + 1), dtype=torch.float32, device=query.device)
     additive = mask is not None and mask.is_floating_point()
-    strides = (0, 0, 0, 0) if mask is None else _mask_strides(mask)
+    strides = (0, 0, 0, 0) if mask is None else mask_strides(mask)
     arguments = {
         **storage,
         "query_ptr": query,
@@ -228,6 +228,6 @@ def tile_sizes(rows: Any, head_dim: int, bits: int, exact: bool) -> tuple[int, i
     return (16, 32, 8) if head_dim > 128 else (64, 32, 8)
 
 
-def _mask_strides(mask: Tensor) -> tuple[Any, ...]:
-    # A size of 1 is every row; the last axis is never broadcast.
+def mask_strides(mask: Tensor) -> tuple[Any, ...]:
+    """Return those of a 4-D mask: a size of 1 is every row; the last axis is never broadcast."""
     return tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)) + (mask.stride(3),)

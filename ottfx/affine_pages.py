@@ -11,12 +11,13 @@ from ottfx.reference import pack_page, unpack_page
 from ottfx.schemes.base import PAGE
 
 
-def _merge_pages(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor) -> None:
-    # A repeated page gets the same contents twice.
+def merge_pages(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor) -> None:
+    """Write `fresh` into whole pages where `is_due`, in place; a repeated page gets the same contents twice."""
     storage.index_copy_(2, pages, torch.where(is_due, fresh, storage.index_select(2, pages)))
 
 
-def _merge_codes(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor, bits: int, mixed: bool = False) -> None:
+def merge_codes(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor, bits: int, mixed: bool = False) -> None:
+    """`merge_pages` of codes, which `storage` holds packed."""
     words, sizes = storage.index_select(2, pages), fresh.shape[-2:]
     codes = torch.where(is_due, fresh, unpack_mixed(words, *sizes) if mixed else unpack_page(words, bits, *sizes))
     storage.index_copy_(2, pages, pack_mixed(codes) if mixed else pack_page(codes, bits))
@@ -43,13 +44,13 @@ def write_keys(
     batch, heads, _, head_dim = codes.shape
     is_due, offset = due.locate_in_pages(1)
     fresh = codes.index_select(2, offset.reshape(-1)).reshape(batch, heads, -1, PAGE, head_dim)
-    _merge_codes(key_codes, due.pages, is_due.unsqueeze(-1), fresh, bits, mixed)
+    merge_codes(key_codes, due.pages, is_due.unsqueeze(-1), fresh, bits, mixed)
 
     is_due, offset = due.locate_in_pages(group_size)
     group = torch.div(offset, group_size, rounding_mode="floor").reshape(-1)
     for storage, fresh in ((key_scale, scale), (key_zero_point, zero_point)):
         paged = fresh.index_select(2, group).reshape(batch, heads, -1, PAGE // group_size, head_dim)
-        _merge_pages(storage, due.pages, is_due.unsqueeze(-1), paged)
+        merge_pages(storage, due.pages, is_due.unsqueeze(-1), paged)
 
 
 def write_values(
@@ -76,7 +77,7 @@ def write_values(
         rows = fresh.index_select(2, offset).reshape(batch, heads, -1, PAGE, fresh.shape[-1])
         return rows.transpose(-1, -2)
 
-    _merge_codes(value_codes, due.pages, is_due, paged(codes), bits)
-    _merge_pages(value_scale, due.pages, is_due, paged(scale))
+    merge_codes(value_codes, due.pages, is_due, paged(codes), bits)
+    merge_pages(value_scale, due.pages, is_due, paged(scale))
     if zero_point is not None and value_zero_point is not None:
-        _merge_pages(value_zero_point, due.pages, is_due, paged(zero_point))
+        merge_pages(value_zero_point, due.pages, is_due, paged(zero_point))

@@ -152,22 +152,22 @@ def pack_page(codes: Tensor, bits: int) -> Tensor:
     """Pack pages of codes into words, as attention reads them.
 
     Args:
-        codes: uint8 [..., rows, contraction], each below 2**bits; both sizes multiples of 16. Keys have tokens as
-            rows and channels as contraction, values channels as rows and tokens as contraction.
+        codes: uint8 [..., rows, contraction], each below 2**bits; rows even, contraction a multiple of 16. Keys
+            have tokens as rows and channels as contraction, values channels as rows and tokens as contraction.
         bits: width of a code: 2, 3, 4 or 8.
 
     Returns:
         int32 [..., rows * contraction * bits // 32].
 
     Raises:
-        ConfigError: another width, or a size that is not a multiple of 16.
+        ConfigError: another width, or a size that does not fit.
     """
     check_bits(bits)
     rows, contraction = codes.shape[-2:]
-    if rows % 16 or contraction % 16:
+    if rows % 2 or contraction % 16:
         raise ConfigError(
-            f"ottfx.reference: rows and contraction of a page must be multiples of 16. Got {[rows, contraction]!r}. "
-            "Pad head_dim to a multiple of 16."
+            f"ottfx.reference: rows and contraction of a page must be multiples of 2 and of 16. "
+            f"Got {[rows, contraction]!r}. Pad head_dim to a multiple of 16."
         )
     if bits != 3:
         return _pack_plane(codes, bits)

@@ -32,6 +32,9 @@ CASES = [
     ("polar", {}, 2, 32, 8, 128),
     ("polar", {"first_bits": 2, "seed": 9}, 2, 4, 2, 80),
     ("polar", {"first_bits": 1}, 1, 8, 2, 256),
+    ("polar_pairs", {}, 2, 32, 8, 128),
+    ("polar_pairs", {"key_bits": 3, "group_size": 32, "residual_length": 96}, 2, 4, 2, 80),
+    ("polar_pairs", {"radius_bits": 2, "value_bits": 4, "group_size": 64}, 1, 8, 2, 256),
 ]
 STEPS = (300, 1, 1, 5, 120, 1, 260, 1)
 """Tokens of each call: a prompt, decode steps, chunks that cross one and several group boundaries."""

@@ -197,17 +197,26 @@ def test_more_bits_agree_longer(scheme):
     assert relative_error(got, want) < 0.05
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("turbo", 2 + 16 / 16), ("polar", (32 + 3 * 8 + 16) / 16)])
-def test_schemes_without_a_window_generate(scheme, bits):
+@pytest.mark.parametrize(
+    ("scheme", "options", "bits"),
+    [
+        ("turbo", {}, 2 + 16 / 16),
+        ("polar", {}, (32 + 3 * 8 + 16) / 16),
+        # Keys and values, 16 channels a head.
+        ("polar_pairs", {"group_size": 32, "residual_length": 32}, (4 + 32 / 32 + 2 + 32 / 16) / 2),
+    ],
+)
+def test_schemes_with_codes_of_their_own_generate(scheme, options, bits):
     """After a prompt, decode steps and a crop, a chunk sees what a dense cache of the dequantized tokens shows."""
-    reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme)
+    reference, twin = compiled_copy(tiny_model("llama"), scheme=scheme, **options)
     ids = random_tokens(3, 150)
     cache = generate(twin, ids, new_tokens=6).past_key_values
     cache.crop(140 - cache.get_seq_length())
     halves = [tensor.payload for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert {payload.length for payload in halves} == {140}
     elements = sum(payload.half.shape.pages * 128 * payload.dequantize()[:, :, 0].numel() for payload in halves)
-    assert ottfx.memory_footprint(cache).total * 8 == bits * elements
+    parts = ottfx.memory_footprint(cache).parts
+    assert (parts["codes"] + parts["scales"]) * 8 == bits * elements
     dense = DynamicCache()
     for index, layer in enumerate(cache.layers):
         dense.update(layer.keys.payload.dequantize(), layer.values.payload.dequantize(), index)

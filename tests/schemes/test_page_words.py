@@ -61,7 +61,7 @@ def test_unpack_inverts_pack(bits, head_dim):
 def test_unsupported_sizes_are_refused():
     with pytest.raises(ConfigError, match=r"bits must be one of \[2, 3, 4, 8\]. Got 5"):
         pack_page(torch.zeros(16, 16, dtype=torch.uint8), 5)
-    with pytest.raises(ConfigError, match=r"multiples of 16. Got \[16, 24\]"):
+    with pytest.raises(ConfigError, match=r"multiples of 2 and of 16. Got \[16, 24\]"):
         pack_page(torch.zeros(16, 24, dtype=torch.uint8), 2)
 
 

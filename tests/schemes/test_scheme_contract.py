@@ -17,6 +17,7 @@ SMALL = {
     "ott": {"group_size": 32, "residual_length": 16},
     # Its window in 8 bits has tests of its own (test_ott_plus.py); here what is kept is kept exactly.
     "ott+": {"group_size": 32, "residual_length": 16, "quantized_residual": False},
+    "polar_pairs": {"group_size": 32, "residual_length": 64},
     "none": {},
 }
 FLOOR_DB = {2: (15, 7), 3: (22, 14), 4: (29, 20), 8: (53, 45)}
@@ -40,7 +41,7 @@ def filled(
 
 def assert_kept(scheme, role, got, expected):
     """What is kept is kept exactly; what is stored rotated, up to the rounding of rotations."""
-    rotated = {"kivi": (), "ott": (), "none": (), "ott+": ("value",)}.get(scheme, ROLES)
+    rotated = {"ott+": ("value",), "turbo": ROLES, "polar": ROLES}.get(scheme, ())
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 if role in rotated else 0)
 
 
@@ -234,7 +235,7 @@ def test_rewinding_then_appending_again(scheme, length):
     assert store.packed["value"] <= store.packed["key"] <= length or scheme == "none"
     for role, exact in zip(ROLES, (key, value), strict=True):
         expected = before[role][:, :, :length].clone()
-        if scheme in ("ott", "ott+"):
+        if scheme in ("ott", "ott+", "polar_pairs"):
             back = slice(max(store.packed[role], 200 - store.scheme.ring_rows(store.config)), length)
             expected[:, :, back] = exact[:, :, back]
         assert_kept(scheme, role, store.read(role), expected)

@@ -1,0 +1,160 @@
+"""Append of `polar_pairs`: a launch that packs what is due, and one that fills the window.
+
+`ottfx/group_pages.py` and `ottfx/pair_codes.py` define it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ottfx.kernels.group_append import _fill_window_kernel, pack_values
+from ottfx.kernels.launch import dense_rows, launch, next_power_of_2
+from ottfx.kernels.pairs import store_pairs
+from ottfx.kernels.window import packed_end
+
+RING_ROWS = 16
+"""Tokens that one program writes into the window."""
+
+
+@triton.jit(do_not_specialize=["q_len", "pages", "key_items", "items"])
+def _pack_kernel(
+    key_ptr, value_ptr, valid_ptr, lengths_ptr, key_residual_ptr, value_residual_ptr, residual_valid_ptr,
+    radius_ptr, radius_scale_ptr, radius_zero_ptr, angle_ptr, angle_scale_ptr, angle_zero_ptr,
+    value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    q_len, pages, key_items, items,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr,
+    RADIUS_BITS: tl.constexpr, ANGLE_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_GROUPS: tl.constexpr,
+    HAS_VALID: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_QUARTER: tl.constexpr,
+):  # fmt: skip
+    # One group of keys, or one strip of values, a program.
+    q_len, pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32)
+    key_items, items = tl.cast(key_items, tl.int32), tl.cast(items, tl.int32)
+    pair = (tl.program_id(0) // items).to(tl.int64)
+    item = tl.program_id(0) % items
+    batch, head = pair // NUM_KV_HEADS, pair % NUM_KV_HEADS
+    past = tl.load(lengths_ptr).to(tl.int32)
+    packed = tl.load(lengths_ptr + 1).to(tl.int32)
+    end = packed_end(past + q_len, packed, 0, CAPACITY)
+    new_valid_ptr = valid_ptr + batch * q_len
+    ring_valid_ptr = residual_valid_ptr + batch * CAPACITY
+    if item < key_items:
+        start = packed + item * GROUP
+        if start < end:
+            store_pairs(
+                pair, start, key_ptr + batch * stride_key_batch + head * stride_key_head, stride_key_token,
+                key_residual_ptr + pair * CAPACITY * HEAD_DIM, new_valid_ptr, ring_valid_ptr, past, pages,
+                radius_ptr, radius_scale_ptr, radius_zero_ptr, angle_ptr, angle_scale_ptr, angle_zero_ptr,
+                RADIUS_BITS, ANGLE_BITS, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, BLOCK_QUARTER,
+            )  # fmt: skip
+    else:
+        strip = packed // 16 + item - key_items
+        if strip * 16 < end:
+            pack_values(
+                pair, strip, value_ptr + batch * stride_value_batch + head * stride_value_head, stride_value_token,
+                value_residual_ptr + pair * CAPACITY * HEAD_DIM, new_valid_ptr, ring_valid_ptr,
+                value_codes_ptr, value_scale_ptr, value_zero_point_ptr, past, packed, end, pages,
+                VALUE_BITS, VALUE_GROUPS, HEAD_DIM, CAPACITY, HAS_VALID, BLOCK_HALF,
+            )  # fmt: skip
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    lengths: Tensor,
+    key_radius: Tensor,
+    key_radius_scale: Tensor,
+    key_radius_zero_point: Tensor,
+    key_angle: Tensor,
+    key_angle_scale: Tensor,
+    key_angle_zero_point: Tensor,
+    key_residual: Tensor,
+    residual_valid: Tensor,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_zero_point: Tensor,
+    value_residual: Tensor,
+    radius_bits: int,
+    angle_bits: int,
+    value_bits: int,
+    group_size: int,
+) -> None:
+    """Store new tokens as `ottfx::polar_pairs_append` does, without a host sync.
+
+    Args:
+        key: [batch, num_kv_heads, q_len, head_dim], any strides; `value` alike.
+        value: see `key`.
+        valid: bool [batch, q_len], False for padding, or None.
+        lengths: int64 [1, 3]: those of this site.
+        key_radius: state, mutated, as the eleven that follow; shapes in docs/storage.md.
+        key_radius_scale: state.
+        key_radius_zero_point: state.
+        key_angle: state.
+        key_angle_scale: state.
+        key_angle_zero_point: state.
+        key_residual: state.
+        residual_valid: state.
+        value_codes: state.
+        value_scale: state.
+        value_zero_point: state.
+        value_residual: state.
+        radius_bits: width of a radius code; `angle_bits` of an angle code, `value_bits` of a value code.
+        angle_bits: see `radius_bits`.
+        value_bits: see `radius_bits`.
+        group_size: tokens of a group.
+    """
+    key, value = dense_rows(key), dense_rows(value)
+    batch_size, num_kv_heads, q_len, head_dim = key.shape
+    ring = key_residual.shape[2]
+    common = {
+        "key_ptr": key,
+        "value_ptr": value,
+        "valid_ptr": lengths if valid is None else valid.contiguous(),
+        "lengths_ptr": lengths,
+        "key_residual_ptr": key_residual,
+        "value_residual_ptr": value_residual,
+        "residual_valid_ptr": residual_valid,
+        "stride_key_batch": key.stride(0),
+        "stride_key_head": key.stride(1),
+        "stride_key_token": key.stride(2),
+        "stride_value_batch": value.stride(0),
+        "stride_value_head": value.stride(1),
+        "stride_value_token": value.stride(2),
+        "q_len": q_len,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "CAPACITY": ring,
+        "HAS_VALID": valid is not None,
+    }
+    most_due = -(-q_len // ring) * ring
+    key_items = most_due // group_size
+    items = key_items + most_due // 16
+    pack = common | {
+        "radius_ptr": key_radius,
+        "radius_scale_ptr": key_radius_scale,
+        "radius_zero_ptr": key_radius_zero_point,
+        "angle_ptr": key_angle,
+        "angle_scale_ptr": key_angle_scale,
+        "angle_zero_ptr": key_angle_zero_point,
+        "value_codes_ptr": value_codes,
+        "value_scale_ptr": value_scale,
+        "value_zero_point_ptr": value_zero_point,
+        "pages": value_codes.shape[2],
+        "key_items": key_items,
+        "items": items,
+        "GROUP": group_size,
+        "RADIUS_BITS": radius_bits,
+        "ANGLE_BITS": angle_bits,
+        "VALUE_BITS": value_bits,
+        "VALUE_GROUPS": value_scale.shape[3],
+        "BLOCK_HALF": next_power_of_2(head_dim // 2),
+        "BLOCK_QUARTER": next_power_of_2(head_dim // 4),
+    }
+    launch(_pack_kernel, (batch_size * num_kv_heads * items,), pack, num_warps=4, num_stages=1)
+    blocks = -(-torch.sym_min(q_len, ring) // RING_ROWS)
+    fill = common | {"blocks": blocks, "BLOCK_D": next_power_of_2(head_dim), "ROWS": RING_ROWS}
+    launch(_fill_window_kernel, (batch_size * num_kv_heads * blocks,), fill, num_warps=4, num_stages=1)
