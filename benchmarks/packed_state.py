@@ -63,6 +63,10 @@ def random_halves(
 def _fill(name: str, tensor: Tensor) -> None:
     if name.endswith("_codes"):
         tensor.random_(-(2**31), 2**31 - 1)
+    elif tensor.dtype == torch.int8:
+        tensor.random_(-127, 128)
+    elif name.endswith("_residual_scale"):
+        tensor.uniform_(0.005, 0.03)
     elif name.endswith("_scale"):
         tensor.uniform_(0.1, 0.6)
     elif name.endswith("_zero_point"):
@@ -108,7 +112,7 @@ def bytes_read(halves: Halves) -> int:
         parts = half.bytes_by_part()
         paged = parts["codes"] + parts["scales"]
         total += paged * packed // (half.shape.pages * PAGE)
-        residual = half.tensors[f"{half.role}_residual"]
-        total += residual.nbytes // max(residual.shape[2], 1) * (half.high - packed)
+        rows = max(half.tensors[f"{half.role}_residual"].shape[2], 1)
+        total += parts["residual"] // rows * (half.high - packed)
         total += parts.get("pool", 0)
     return total

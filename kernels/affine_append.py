@@ -224,7 +224,11 @@ def append(
     ring_items = -(-(torch.sym_min(q_len, ring) if one_schedule else ring) // RING_ROWS)
     # One launch will do if no new token takes the row of one that is still to be packed.
     unpacked = max(key_window + key_step, value_window + value_step) - 1
-    if one_schedule and at_most(q_len, ring - unpacked):
+    in_one_launch = one_schedule and at_most(q_len, ring - unpacked)
+    pack["ONE_TOKEN"] = in_one_launch and at_most(q_len, 1)
+    if pack["ONE_TOKEN"]:
+        launches = [(key_items, value_items, 0)]
+    elif in_one_launch:
         launches = [(key_items, value_items, ring_items)]
     else:
         launches = [(key_items, value_items, 0), (0, 0, ring_items)]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ottfx.kernels.decode_packed import attend_packed
+from ottfx.kernels.decode_single import attend_window_once
 from ottfx.kernels.decode_window import attend_window
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -74,6 +75,16 @@ def _decode_kernel(
                 QUERIES_PER_KV, HEAD_DIM, KEY_BITS, VALUE_BITS, MIXED, SYMMETRIC, GROUP, MASK, ONE_MASK, SINGLE,
                 COLUMNS, TILE, BLOCK_D, WHOLE_TILES, K_WIDTH,
             )  # fmt: skip
+    elif SINGLE:
+        attend_window_once(
+            pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,
+            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr,
+            value_residual_ptr, value_row_scale_ptr,
+            outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+            stride_key_batch, stride_key_head, stride_key_token,
+            stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
+            HEAD_DIM, CAPACITY, POOL_ROWS, MASK, COLUMNS, BLOCK_D, WINDOW_PARTS,
+        )  # fmt: skip
     else:
         attend_window(
             pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,

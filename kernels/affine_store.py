@@ -69,6 +69,40 @@ def _write_ring_rows(
 
 
 @triton.jit
+def _write_ring_row(
+    block, pairs, past, key_ptr, value_ptr, valid_ptr, key_residual_ptr, key_row_scale_ptr, value_residual_ptr,
+    value_row_scale_ptr, residual_valid_ptr,
+    stride_key_batch, stride_key_head, stride_value_batch, stride_value_head,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
+    BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
+):  # fmt: skip
+    # The one new token of RING_ROWS (sequence, kv head)s.
+    pair = block.to(tl.int64) * RING_ROWS + tl.arange(0, RING_ROWS)
+    exists = pair < pairs
+    batch, head = pair // NUM_KV_HEADS, pair % NUM_KV_HEADS
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    live = exists[:, None] & (channel < HEAD_DIM)
+    # [RING_ROWS, BLOCK_D]
+    key = tl.load(key_ptr + (batch * stride_key_batch + head * stride_key_head)[:, None] + channel, mask=live, other=0)
+    offset = (batch * stride_value_batch + head * stride_value_head)[:, None] + channel
+    value = tl.load(value_ptr + offset, mask=live, other=0)
+    row = pair * CAPACITY + past % CAPACITY
+    if key_residual_ptr.dtype.element_ty == tl.int8:
+        key, key_row_scale = encode_rows(key)
+        value, value_row_scale = encode_rows(value)
+        tl.store(key_row_scale_ptr + row, key_row_scale, mask=exists)
+        tl.store(value_row_scale_ptr + row, value_row_scale, mask=exists)
+    target = row[:, None] * HEAD_DIM + channel
+    tl.store(key_residual_ptr + target, key.to(key_residual_ptr.dtype.element_ty), mask=live)
+    tl.store(value_residual_ptr + target, value.to(value_residual_ptr.dtype.element_ty), mask=live)
+    first_head = exists & (head == 0)
+    real = tl.full([RING_ROWS], 1, tl.uint8)
+    if HAS_VALID:
+        real = (tl.load(valid_ptr + batch, mask=first_head, other=0) != 0).to(tl.uint8)
+    tl.store(residual_valid_ptr + batch * CAPACITY + past % CAPACITY, real, mask=first_head)
+
+
+@triton.jit
 def _is_left(hard_ptr, page, past, end, ENCODED: tl.constexpr):
     # Whether a page is still to be packed; `hard_ptr` points to the flags of this pair.
     left = page * PAGE < end
@@ -95,7 +129,8 @@ def _store_tokens_kernel(
     MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, SEARCH: tl.constexpr,
     KEY_WINDOW: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_WINDOW: tl.constexpr, VALUE_STEP: tl.constexpr,
     HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
-    WRITE_BACK: tl.constexpr, ENCODED: tl.constexpr, KEY_PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
+    WRITE_BACK: tl.constexpr, ONE_TOKEN: tl.constexpr, ENCODED: tl.constexpr,
+    KEY_PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
@@ -114,6 +149,14 @@ def _store_tokens_kernel(
     idle = (key_end <= key_packed) & (value_end <= value_packed)
     first_item = idle.to(tl.int32) * (key_items + value_items)
     items = key_items + value_items + ring_items - first_item
+    if ONE_TOKEN:
+        for block in tl.range(tl.program_id(0), tl.cdiv(pairs, RING_ROWS), tl.num_programs(0)):
+            _write_ring_row(
+                tl.cast(block, tl.int32), pairs, past, key_ptr, value_ptr, valid_ptr, key_residual_ptr,
+                key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr, residual_valid_ptr,
+                stride_key_batch, stride_key_head, stride_value_batch, stride_value_head,
+                NUM_KV_HEADS, HEAD_DIM, CAPACITY, HAS_VALID, BLOCK_D, RING_ROWS,
+            )  # fmt: skip
     for work in tl.range(tl.program_id(0), pairs * items, tl.num_programs(0)):
         pair = (work // items).to(tl.int64)
         item = first_item + work % items

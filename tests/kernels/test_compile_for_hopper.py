@@ -132,7 +132,7 @@ def store_constants(head_dim, bits, group_size, value_groups, traces, write_back
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0], "VALUE_BITS": bits[1],
         "GROUP": group_size, "VALUE_GROUPS": value_groups, "KEY_WINDOW": 32, "KEY_STEP": group_size,
         "VALUE_WINDOW": 32, "VALUE_STEP": group_size, "HAS_VALID": True, "HAS_OUTLIERS": traces,
-        "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "ENCODED": encoded,
+        "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "ONE_TOKEN": traces, "ENCODED": encoded,
         "KEY_PARTS": head_dim // channel_chunk(head_dim) if encoded else 1, "VALUE_PARTS": 8 if encoded else 1,
         "CHUNK": channel_chunk(head_dim), "BLOCK_HALF": next_power_of_2(head_dim // 2),
         "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16, "MIXED": plus, "SYMMETRIC": plus, "SEARCH": plus,

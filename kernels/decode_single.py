@@ -1,0 +1,125 @@
+"""Device functions of decode attention for a single query row: the tokens that are not packed.
+
+One row has nothing for the tensor cores to share, and this warp has no other: products are summed by the lanes, in
+float32. Loads of the next rows are under way while these are worked on.
+"""
+
+import triton
+import triton.language as tl
+
+from ottfx.kernels.decode_window import NOTHING_SEEN, WINDOW_SHARE, store_part
+
+ROWS = tl.constexpr(8)
+"""Tokens of a step: with 16 the registers do not hold those of the next step as well."""
+
+
+@triton.jit
+def _widen(rows):
+    # Float32 of what was loaded; an int8 by way of the mantissa of 2**23, since a conversion takes four times as long.
+    if rows.dtype == tl.int8:
+        bits = rows.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x4B000080
+        rows = bits.to(tl.float32, bitcast=True) - 8388736.0
+    return rows.to(tl.float32)
+
+
+@triton.jit
+def _load_rows(
+    key_ptr, key_row_scale_ptr, stride_key_token, value_ptr, value_row_scale_ptr, stride_value_token,
+    row, live, column, mask_ptr, stride_mask_token, channel, HEAD_DIM: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
+    # [ROWS, BLOCK_D]
+    key = tl.load(key_ptr + row[:, None] * stride_key_token + channel[None, :], mask=in_row, other=0)
+    value = tl.load(value_ptr + row[:, None] * stride_value_token + channel[None, :], mask=in_row, other=0)
+    key_step = tl.full(row.shape, 1.0, tl.float32)
+    value_step = key_step
+    if key_ptr.dtype.element_ty == tl.int8:
+        key_step = tl.load(key_row_scale_ptr + row, mask=live, other=0.0).to(tl.float32)
+        value_step = tl.load(value_row_scale_ptr + row, mask=live, other=0.0).to(tl.float32)
+    if MASK:
+        live = live & (tl.load(mask_ptr + column.to(tl.int64) * stride_mask_token, mask=live, other=0) != 0)
+    return key, value, key_step, value_step, live
+
+
+@triton.jit
+def _attend_rows(query, key, value, key_step, value_step, live, score_factor, row_max, row_sum, acc):
+    # query float32 [BLOCK_D], acc [ROWS, BLOCK_D]: what each row has added; row_sum [ROWS] alike, row_max a number.
+    scores = tl.sum(_widen(key) * query[None, :], axis=1) * (key_step * score_factor)
+    scores = tl.where(live, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=0))
+    weight = tl.exp2(scores - new_max)
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + weight
+    acc = acc * decay + (weight * value_step)[:, None] * _widen(value)
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def attend_window_once(
+    pair, batch, head, part, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
+    slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    stride_mask_token,
+    HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr, MASK: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
+):  # fmt: skip
+    """`attend_window` for one query row, which stands in all columns."""
+    channel = tl.arange(0, BLOCK_D)
+    step = tl.arange(0, ROWS)
+    offset = tl.max(query_offset, axis=0)
+    query = tl.load(query_ptr + offset + channel, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
+    mask_ptr += tl.max(mask_offset, axis=0)
+    row_max = tl.max(tl.full([1], NOTHING_SEEN, tl.float32), axis=0)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    key_residual_ptr += pair * CAPACITY * HEAD_DIM
+    value_residual_ptr += pair * CAPACITY * HEAD_DIM
+    key_row_scale_ptr += pair * CAPACITY
+    value_row_scale_ptr += pair * CAPACITY
+    first = packed + part * WINDOW_SHARE
+    last = tl.minimum(first + WINDOW_SHARE, past)
+    token = first + step
+    key, value, key_step, value_step, live = _load_rows(
+        key_residual_ptr, key_row_scale_ptr, HEAD_DIM, value_residual_ptr, value_row_scale_ptr, HEAD_DIM,
+        token % CAPACITY, token < last, token, mask_ptr, stride_mask_token, channel, HEAD_DIM, MASK,
+    )  # fmt: skip
+    for start in tl.range(first, last, ROWS):
+        token = start + ROWS + step
+        next_key, next_value, next_key_step, next_value_step, next_live = _load_rows(
+            key_residual_ptr, key_row_scale_ptr, HEAD_DIM, value_residual_ptr, value_row_scale_ptr, HEAD_DIM,
+            token % CAPACITY, token < last, token, mask_ptr, stride_mask_token, channel, HEAD_DIM, MASK,
+        )  # fmt: skip
+        row_max, row_sum, acc = _attend_rows(
+            query, key, value, key_step, value_step, live, score_factor, row_max, row_sum, acc
+        )
+        key, value, key_step, value_step, live = next_key, next_value, next_key_step, next_value_step, next_live
+    if part == WINDOW_PARTS - 1:
+        outlier_key_ptr += pair * POOL_ROWS * HEAD_DIM
+        outlier_value_ptr += pair * POOL_ROWS * HEAD_DIM
+        for start in tl.range(0, POOL_ROWS, ROWS):
+            seat = start + step
+            position = tl.load(outlier_position_ptr + pair * POOL_ROWS + seat, mask=seat < POOL_ROWS, other=-1)
+            pool_key, pool_value, key_ones, value_ones, seen = _load_rows(
+                outlier_key_ptr, key_row_scale_ptr, HEAD_DIM, outlier_value_ptr, value_row_scale_ptr, HEAD_DIM,
+                seat, (position >= 0) & (position < past), position,
+                mask_ptr, stride_mask_token, channel, HEAD_DIM, MASK,
+            )  # fmt: skip
+            row_max, row_sum, acc = _attend_rows(
+                query, pool_key, pool_value, key_ones, value_ones, seen, score_factor, row_max, row_sum, acc
+            )
+        new_key, new_value, new_ones, more_ones, is_new = _load_rows(
+            key_ptr + batch * stride_key_batch + head * stride_key_head, key_row_scale_ptr, stride_key_token,
+            value_ptr + batch * stride_value_batch + head * stride_value_head, value_row_scale_ptr,
+            stride_value_token, step, step < q_len, past + step, mask_ptr, stride_mask_token, channel, HEAD_DIM, MASK,
+        )  # fmt: skip
+        row_max, row_sum, acc = _attend_rows(
+            query, new_key, new_value, new_ones, more_ones, is_new, score_factor, row_max, row_sum, acc
+        )
+    # In column 0; the other columns are not live.
+    result = tl.broadcast_to(tl.sum(acc, axis=0)[:, None], [BLOCK_D, COLUMNS])
+    total = tl.zeros([COLUMNS], tl.float32) + tl.sum(row_sum, axis=0)
+    store_part(
+        result, tl.zeros([COLUMNS], tl.float32) + row_max, total, partial_ptr, log_sum_ptr, slot, channel,
+        live_columns, HEAD_DIM,
+    )  # fmt: skip
