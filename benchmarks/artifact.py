@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line(__doc__, "artifact")
     add_model_options(parser)
     parser.add_argument("--child", choices=WAYS, help="measure this in this process, print JSON")
-    parser.add_argument("--artifact", type=Path, help="of --child artifact")
+    parser.add_argument("--artifact", type=Path, help="an artifact of this model to measure; default: export one")
     options = parser.parse_args(arguments)
     if options.child:
         print(json.dumps(first_tokens(options)))
@@ -73,14 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.shape, options.layers = "tiny", 1
     labels = model_labels(options)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pt2"
+        path = options.artifact or Path(folder) / "model.pt2"
 
         def measure(way: str) -> dict[str, float]:
-            columns = {}
+            columns: dict[str, float] = {}
             if way == "artifact":
-                model = model_of(options)
-                export = partial(ottfx.export, model, path, scheme=quantization_of(options).config())
-                columns = {"export_s": host_seconds(export, options.device)}
+                if options.artifact is None:
+                    model = model_of(options)
+                    export = partial(ottfx.export, model, path, scheme=quantization_of(options).config())
+                    columns["export_s"] = host_seconds(export, options.device)
                 columns["file_mib"] = path.stat().st_size / 2**20
             more = ("--artifact", str(path))
             return in_new_process("benchmarks.artifact", way, labels["layers"], options, folder, *more) | columns

@@ -28,7 +28,9 @@ def eval_command(
     bits: Annotated[str, typer.Option(help="Comma-separated widths of a code, for the schemes that have codes.")] = "2",
     vary: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE: also each scheme that has this option, with this value; may be repeated."),
+        typer.Option(
+            help="'NAME=VALUE ...': also each scheme that has these options, with these values; may be repeated."
+        ),
     ] = None,
     study: Annotated[bool, typer.Option("--study", help="The study's variants, beside what it found.")] = False,
     model: Annotated[
@@ -94,7 +96,7 @@ def default_variants(
 ) -> list[Variant]:
     """Return a variant for each scheme and width, with the scheme's own defaults; one for a scheme without widths.
 
-    Each is followed by one for each of `changes` that sets an option which the scheme has.
+    Each is followed by one for each of `changes`, such as "group_size=64 residual_length=64", whose options it has.
 
     Raises:
         ConfigError: no name is left, a name is not registered, a width is no whole number, or no scheme has an option.
@@ -112,10 +114,10 @@ def default_variants(
         raise ConfigError(f"ottfx eval: --bits must be whole numbers, such as 2,3,4. Got {','.join(bits)!r}.")
     variants = []
     known = {name: {field.name for field in dataclasses.fields(get_scheme(name).config_class)} for name in names}
-    changed = [option_value(text) for text in changes]
-    for option, _ in changed:
-        if not any(option in fields for fields in known.values()):
-            raise ConfigError(f"ottfx eval: --vary needs an option of {names}. Got {option!r}.")
+    changed = [dict(option_value(part) for part in text.split()) for text in changes]
+    for options in changed:
+        if not any(fields.issuperset(options) for fields in known.values()):
+            raise ConfigError(f"ottfx eval: --vary needs options of one of {names}. Got {list(options)!r}.")
     for name in names:
         plain = [Variant(label=name, options={"scheme": name})]
         if "bits" in known[name]:
@@ -125,9 +127,9 @@ def default_variants(
         for variant in plain:
             variants.append(variant)
             variants += [
-                Variant(label=f"{variant.label} {option}={value}", options={**variant.options, option: value})
-                for option, value in changed
-                if option in known[name]
+                Variant(label=f"{variant.label} {text}", options={**variant.options, **options})
+                for text, options in zip(changes, changed, strict=True)
+                if known[name].issuperset(options)
             ]
     return variants
 

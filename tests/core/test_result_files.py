@@ -94,6 +94,9 @@ def test_variants_with_other_options():
     ]  # fmt: skip
     assert variants[4].options == {"scheme": "ott+", "bits": 2, "range_search": False}
     assert variants[5].options["group_size"] == 64
+    both = default_variants(["ott+"], ["2"], ["group_size=64 range_search=False"])[1]
+    assert both.label == "ott+ 2-bit group_size=64 range_search=False"
+    assert both.options == {"scheme": "ott+", "bits": 2, "group_size": 64, "range_search": False}
     assert default_variants(["ott"], ["2"], ["replacement=group"])[1].options["replacement"] == "group"
     for change, said in (("group_size", "NAME=VALUE"), ("unheard=3", "unheard")):
         with pytest.raises(ConfigError, match=said):
