@@ -1,13 +1,23 @@
-"""Device functions of the append that storage by groups shares: values of due tokens, and the window.
+"""The append that storage by groups shares: values of due tokens, the window, and arguments of both launches.
 
 Pointers of new tokens and of the ring are those of this (sequence, kv head).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ottfx.kernels.affine_pack import pack_value_strip
+from ottfx.kernels.launch import launch, next_power_of_2
 from ottfx.kernels.packing import PAGE
+
+RING_ROWS = 16
+"""Tokens that one program writes into the window."""
 
 
 @triton.jit
@@ -56,3 +66,64 @@ def _fill_window_kernel(
         if HAS_VALID:
             real = (tl.load(valid_ptr + batch * q_len + source, mask=live, other=0) != 0).to(tl.uint8)
         tl.store(residual_valid_ptr + batch * CAPACITY + row, real, mask=live)
+
+
+def common_arguments(
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    lengths: Tensor,
+    key_residual: Tensor,
+    residual_valid: Tensor,
+    value_residual: Tensor,
+) -> dict[str, Any]:
+    """Return what both launches of an append take; keys and values have dense rows."""
+    return {
+        "key_ptr": key,
+        "value_ptr": value,
+        "valid_ptr": lengths if valid is None else valid.contiguous(),
+        "lengths_ptr": lengths,
+        "key_residual_ptr": key_residual,
+        "value_residual_ptr": value_residual,
+        "residual_valid_ptr": residual_valid,
+        "stride_key_batch": key.stride(0),
+        "stride_key_head": key.stride(1),
+        "stride_key_token": key.stride(2),
+        "stride_value_batch": value.stride(0),
+        "stride_value_head": value.stride(1),
+        "stride_value_token": value.stride(2),
+        "q_len": key.shape[2],
+        "NUM_KV_HEADS": key.shape[1],
+        "HEAD_DIM": key.shape[3],
+        "CAPACITY": key_residual.shape[2],
+        "HAS_VALID": valid is not None,
+    }
+
+
+def pack_arguments(
+    common: dict[str, Any], value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_bits: int,
+    group_size: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Return those of the launch that packs what is due, but for the state of the keys: `items` are its programs."""
+    most_due = -(-common["q_len"] // common["CAPACITY"]) * common["CAPACITY"]
+    key_items = most_due // group_size
+    return common | {
+        "value_codes_ptr": value_codes,
+        "value_scale_ptr": value_scale,
+        "value_zero_point_ptr": value_zero_point,
+        "pages": value_codes.shape[2],
+        "key_items": key_items,
+        "items": key_items + most_due // 16,
+        "GROUP": group_size,
+        "VALUE_BITS": value_bits,
+        "VALUE_GROUPS": value_scale.shape[3],
+        "BLOCK_HALF": next_power_of_2(common["HEAD_DIM"] // 2),
+    }
+
+
+def fill_window(common: dict[str, Any]) -> None:
+    """Write the newest tokens into the window, after everything due was packed."""
+    pairs = common["key_residual_ptr"].shape[0] * common["NUM_KV_HEADS"]
+    blocks = -(-torch.sym_min(common["q_len"], common["CAPACITY"]) // RING_ROWS)
+    arguments = common | {"blocks": blocks, "BLOCK_D": next_power_of_2(common["HEAD_DIM"]), "ROWS": RING_ROWS}
+    launch(_fill_window_kernel, (pairs * blocks,), arguments, num_warps=4, num_stages=1)

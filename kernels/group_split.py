@@ -11,6 +11,7 @@ import triton.language as tl
 from ottfx.kernels.affine_split import attend_dense, load_values
 from ottfx.kernels.packing import PAGE
 from ottfx.kernels.pairs import load_pairs
+from ottfx.kernels.sketch import load_sketched
 from ottfx.kernels.token_softmax import accumulate, masked_scores
 
 
@@ -19,13 +20,15 @@ from ottfx.kernels.token_softmax import accumulate, masked_scores
 )
 def _attend_groups_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
-    radius_ptr, radius_scale_ptr, radius_zero_ptr, angle_ptr, angle_scale_ptr, angle_zero_ptr, key_residual_ptr,
+    radius_ptr, radius_scale_ptr, radius_zero_ptr, angle_ptr, angle_scale_ptr, angle_zero_ptr,
+    sketch_ptr, signs_ptr, outlier_signs_ptr, norms_ptr, outliers_ptr, key_residual_ptr,
     value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, partial_ptr, log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token, stride_key_batch, stride_key_head, stride_key_token,
     stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
     q_len, pages, splits, softmax_scale,
     NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
+    SKETCH: tl.constexpr, KEY_BITS: tl.constexpr, OUTLIERS: tl.constexpr,
     RADIUS_BITS: tl.constexpr, ANGLE_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     MASK: tl.constexpr, MASK_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -61,26 +64,40 @@ def _attend_groups_kernel(
     channel = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.arange(0, BLOCK_N)
+    in_tile = live_rows[:, None] & (channel < HEAD_DIM)[None, :]
 
     if split < splits:
         PAIRS: tl.constexpr = HEAD_DIM // 2
         pair_channel = tl.arange(0, BLOCK_P)
         in_pairs = live_rows[:, None] & (pair_channel < PAIRS)[None, :]
-        # [BLOCK_M, BLOCK_P]
-        first_query = tl.load(query_ptr + offset[:, None] + pair_channel[None, :], mask=in_pairs, other=0.0)
-        second_query = tl.load(query_ptr + offset[:, None] + PAIRS + pair_channel[None, :], mask=in_pairs, other=0.0)
+        if SKETCH:
+            # [BLOCK_M, BLOCK_D]
+            first_query = tl.load(query_ptr + offset[:, None] + channel[None, :], mask=in_tile, other=0.0)
+            second_query = first_query
+        else:
+            # [BLOCK_M, BLOCK_P]
+            pointer = query_ptr + offset[:, None] + pair_channel[None, :]
+            first_query = tl.load(pointer, mask=in_pairs, other=0.0)
+            second_query = tl.load(pointer + PAIRS, mask=in_pairs, other=0.0)
         for tile in tl.range(first_tile, tl.minimum(first_tile + share, tiles)):
             start = tl.cast(tile * BLOCK_N, tl.int32)
             token = start + column
             live = token < packed
             page_row = start % PAGE
             slot = pair * pages + start // PAGE
-            first, second = load_pairs(
-                slot, page_row, radius_ptr, radius_scale_ptr, radius_zero_ptr, angle_ptr, angle_scale_ptr,
-                angle_zero_ptr, RADIUS_BITS, ANGLE_BITS, GROUP, PAIRS, BLOCK_P, BLOCK_N,
-            )  # fmt: skip
-            scores = tl.dot(first_query, tl.trans(first.to(first_query.dtype)), input_precision=PRECISION)
-            scores = tl.dot(second_query, tl.trans(second.to(first_query.dtype)), scores, input_precision=PRECISION)
+            if SKETCH:
+                key = load_sketched(
+                    slot, page_row, live, sketch_ptr, signs_ptr, outlier_signs_ptr, norms_ptr, outliers_ptr,
+                    KEY_BITS, OUTLIERS, GROUP, HEAD_DIM, BLOCK_N, PRECISION,
+                )  # fmt: skip
+                scores = tl.dot(first_query, tl.trans(key.to(first_query.dtype)), input_precision=PRECISION)
+            else:
+                first, second = load_pairs(
+                    slot, page_row, radius_ptr, radius_scale_ptr, radius_zero_ptr, angle_ptr, angle_scale_ptr,
+                    angle_zero_ptr, RADIUS_BITS, ANGLE_BITS, GROUP, PAIRS, BLOCK_P, BLOCK_N,
+                )  # fmt: skip
+                scores = tl.dot(first_query, tl.trans(first.to(first_query.dtype)), input_precision=PRECISION)
+                scores = tl.dot(second_query, tl.trans(second.to(first_query.dtype)), scores, input_precision=PRECISION)
             scores = masked_scores(
                 scores, mask_ptr, stride_mask_token, token, live, live_rows, softmax_scale, MASK, MASK_FLOOR
             )
@@ -91,7 +108,6 @@ def _attend_groups_kernel(
             )  # fmt: skip
             row_max, row_sum, acc = accumulate(scores, value.to(first_query.dtype), row_max, row_sum, acc, PRECISION)
     else:
-        in_tile = live_rows[:, None] & (channel < HEAD_DIM)[None, :]
         query = tl.load(query_ptr + offset[:, None] + channel[None, :], mask=in_tile, other=0.0)
         ring_key_ptr = key_residual_ptr + pair * CAPACITY * HEAD_DIM
         ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM

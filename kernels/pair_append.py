@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ottfx.kernels.group_append import _fill_window_kernel, pack_values
+from ottfx.kernels.group_append import common_arguments, fill_window, pack_arguments, pack_values
 from ottfx.kernels.launch import dense_rows, launch, next_power_of_2
 from ottfx.kernels.pairs import store_pairs
 from ottfx.kernels.window import packed_end
-
-RING_ROWS = 16
-"""Tokens that one program writes into the window."""
 
 
 @triton.jit(do_not_specialize=["q_len", "pages", "key_items", "items"])
@@ -108,53 +104,18 @@ def append(
         group_size: tokens of a group.
     """
     key, value = dense_rows(key), dense_rows(value)
-    batch_size, num_kv_heads, q_len, head_dim = key.shape
-    ring = key_residual.shape[2]
-    common = {
-        "key_ptr": key,
-        "value_ptr": value,
-        "valid_ptr": lengths if valid is None else valid.contiguous(),
-        "lengths_ptr": lengths,
-        "key_residual_ptr": key_residual,
-        "value_residual_ptr": value_residual,
-        "residual_valid_ptr": residual_valid,
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_value_batch": value.stride(0),
-        "stride_value_head": value.stride(1),
-        "stride_value_token": value.stride(2),
-        "q_len": q_len,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "CAPACITY": ring,
-        "HAS_VALID": valid is not None,
-    }
-    most_due = -(-q_len // ring) * ring
-    key_items = most_due // group_size
-    items = key_items + most_due // 16
-    pack = common | {
+    common = common_arguments(key, value, valid, lengths, key_residual, residual_valid, value_residual)
+    arguments = pack_arguments(common, value_codes, value_scale, value_zero_point, value_bits, group_size) | {
         "radius_ptr": key_radius,
         "radius_scale_ptr": key_radius_scale,
         "radius_zero_ptr": key_radius_zero_point,
         "angle_ptr": key_angle,
         "angle_scale_ptr": key_angle_scale,
         "angle_zero_ptr": key_angle_zero_point,
-        "value_codes_ptr": value_codes,
-        "value_scale_ptr": value_scale,
-        "value_zero_point_ptr": value_zero_point,
-        "pages": value_codes.shape[2],
-        "key_items": key_items,
-        "items": items,
-        "GROUP": group_size,
         "RADIUS_BITS": radius_bits,
         "ANGLE_BITS": angle_bits,
-        "VALUE_BITS": value_bits,
-        "VALUE_GROUPS": value_scale.shape[3],
-        "BLOCK_HALF": next_power_of_2(head_dim // 2),
-        "BLOCK_QUARTER": next_power_of_2(head_dim // 4),
+        "BLOCK_QUARTER": next_power_of_2(key.shape[3] // 4),
     }
-    launch(_pack_kernel, (batch_size * num_kv_heads * items,), pack, num_warps=4, num_stages=1)
-    blocks = -(-torch.sym_min(q_len, ring) // RING_ROWS)
-    fill = common | {"blocks": blocks, "BLOCK_D": next_power_of_2(head_dim), "ROWS": RING_ROWS}
-    launch(_fill_window_kernel, (batch_size * num_kv_heads * blocks,), fill, num_warps=4, num_stages=1)
+    grid = (key.shape[0] * key.shape[1] * arguments["items"],)
+    launch(_pack_kernel, grid, arguments, num_warps=4, num_stages=1)
+    fill_window(common)

@@ -4,5 +4,5 @@ This package imports none of them, so that the registry, the ops and the schemes
 order; the registry imports the modules named here.
 """
 
-MODULES = ("none", "kivi", "ott", "ott_plus", "turbo", "polar", "polar_pairs")
+MODULES = ("none", "kivi", "ott", "ott_plus", "turbo", "polar", "polar_pairs", "qjl")
 """Modules of this package that register a scheme."""

@@ -34,7 +34,7 @@ class ByGroupScheme(Scheme[Config]):
         """Name the tensors that hold codes of keys; pages are axis 2 of each."""
 
     @abstractmethod
-    def decode_keys(self, config: Config, state: Mapping[str, Tensor]) -> Tensor:
+    def decode_keys(self, config: Config, state: Mapping[str, Tensor], head_dim: int) -> Tensor:
         """Return the keys of whole pages, fp32 [batch, num_kv_heads, pages * PAGE, head_dim]; `state` as `key_spec`."""
 
     def check(self, config: Config, shape: CacheShape) -> str | None:
@@ -74,7 +74,8 @@ class ByGroupScheme(Scheme[Config]):
         count = -(-stop // PAGE) - first
         ring = state["key_residual"]
         paged = {name: tensor for name, tensor in state.items() if name not in SHARED_STATE}
-        coded = self.decode_keys(config, {name: tensor.narrow(2, first, count) for name, tensor in paged.items()})
+        pages = {name: tensor.narrow(2, first, count) for name, tensor in paged.items()}
+        coded = self.decode_keys(config, pages, ring.shape[-1])
         position = torch.arange(start, stop, device=ring.device)
         window = ring.index_select(2, torch.remainder(position, ring.shape[2]))
         coded = coded.narrow(2, start - first * PAGE, stop - start).to(ring.dtype)

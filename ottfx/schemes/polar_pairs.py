@@ -162,7 +162,7 @@ class PolarPairs(ByGroupScheme[PolarPairsConfig]):
             spec[f"{name}_scale"] = spec[f"{name}_zero_point"] = constants
         return spec
 
-    def decode_keys(self, config: PolarPairsConfig, state: Mapping[str, Tensor]) -> Tensor:
+    def decode_keys(self, config: PolarPairsConfig, state: Mapping[str, Tensor], head_dim: int) -> Tensor:
         """Return the keys of whole pages."""
         radius, angle = (
             [state[name], state[f"{name}_scale"], state[f"{name}_zero_point"]] for name in ("key_radius", "key_angle")

@@ -89,6 +89,7 @@ def test_plain_decoder():
         ("ott+", {"exempt_layers": ()}, 256),
         pytest.param("turbo", {}, 340, marks=pytest.mark.slow),
         pytest.param("polar_pairs", {}, 256, marks=pytest.mark.slow),
+        pytest.param("qjl", {}, 256, marks=pytest.mark.slow),
     ],
 )
 def test_quantized_programs_do_what_the_compiled_model_does(scheme, options, packed):

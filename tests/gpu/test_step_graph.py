@@ -48,7 +48,7 @@ def test_same_tokens_through_growth(family, scheme, padded):
         assert torch.equal(got.sequences, want.sequences)
 
 
-@pytest.mark.parametrize("scheme", ["ott", "kivi", "none", "turbo", "polar", "polar_pairs"])
+@pytest.mark.parametrize("scheme", ["ott", "kivi", "none", "turbo", "polar", "polar_pairs", "qjl"])
 def test_a_replayed_step_does_not_wait_for_the_device(scheme):
     model = ottfx.compile(tiny_model("llama").cuda(), scheme=scheme, mode="reduce-overhead")
     ids = random_tokens(2, 300).cuda()

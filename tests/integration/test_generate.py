@@ -204,6 +204,8 @@ def test_more_bits_agree_longer(scheme):
         ("polar", {}, (32 + 3 * 8 + 16) / 16),
         # Keys and values, 16 channels a head.
         ("polar_pairs", {"group_size": 32, "residual_length": 32}, (4 + 32 / 32 + 2 + 32 / 16) / 2),
+        # 64 and 32 signs, two norms, eight bytes for 32 tokens.
+        ("qjl", {"residual_length": 32}, ((64 + 32 + 32 + 2) / 16 + 2 + 32 / 16) / 2),
     ],
 )
 def test_schemes_with_codes_of_their_own_generate(scheme, options, bits):

@@ -11,10 +11,15 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from ottfx.affine_cache import token_validity  # noqa: E402
-from ottfx.kernels.group_attend import attend_pairs  # noqa: E402
+from ottfx.kernels.group_attend import attend_pairs, attend_sketch  # noqa: E402
 from ottfx.kernels.pair_append import append as append_pairs  # noqa: E402
 from ottfx.kernels.pairs import angle_of, unit_vector  # noqa: E402
+from ottfx.kernels.sketch import sketch  # noqa: E402
+from ottfx.kernels.sketch_append import append as append_sketch  # noqa: E402
 from ottfx.registry import make_config  # noqa: E402
+from ottfx.rotation import seed_offset  # noqa: E402
+from ottfx.sketch_codes import SEEDS  # noqa: E402
+from ottfx.sketch_codes import sketch as defined_sketch  # noqa: E402
 from tests.kernels.test_token_kernels import same_codes  # noqa: E402
 from tests.schemes.scheme_store import ROLES, Store, random_tokens  # noqa: E402
 from tests.tolerances import ATTENTION_ERROR, DIFFERENT_CODE_SHARE, FP16_ULP  # noqa: E402
@@ -31,6 +36,7 @@ class Case:
     head_dim: int = 32
     past: int = 150
     dtype: torch.dtype = FLOAT
+    scheme: str = "polar_pairs"
 
     def __str__(self):
         changed = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(type(self), k, None)]
@@ -44,7 +50,7 @@ class Case:
         ]
 
     def store(self):
-        config = make_config("polar_pairs", **dict(self.options))
+        config = make_config(self.scheme, **dict(self.options)).at_layer(20)
         return Store(config, self.batch, self.kv_heads, self.head_dim, self.past + 300, self.dtype)
 
 
@@ -52,12 +58,22 @@ def state_on(store, device):
     return {name: tensor.clone().to(device) for role in ROLES for name, tensor in store.state[role].items()}
 
 
+def constants_of(store):
+    """What launchers take behind the state."""
+    constants = store.scheme.constants(store.config)
+    if store.scheme.name == "polar_pairs":
+        return constants[:-1]
+    key_bits, _, value_bits, group_size, _, seed = constants
+    return key_bits, value_bits, group_size, seed_offset(seed * SEEDS)
+
+
 def run_append(store, key, value, valid, device):
     """State after an append by the kernels, by name."""
     state = state_on(store, device)
-    constants = store.scheme.constants(store.config)[:-1]
     valid = None if valid is None else valid.to(device)
-    append_pairs(key.to(device), value.to(device), valid, store.lengths()[1:].to(device), *state.values(), *constants)
+    append = append_pairs if store.scheme.name == "polar_pairs" else append_sketch
+    lengths = store.lengths()[1:].to(device)
+    append(key.to(device), value.to(device), valid, lengths, *state.values(), *constants_of(store))
     return {name: tensor.cpu() for name, tensor in state.items()}
 
 
@@ -65,8 +81,8 @@ def run_attend(store, query, key, value, mask, device):
     state = [tensor for name, tensor in state_on(store, device).items() if name != "residual_valid"]
     tensors = [tensor.to(device) for tensor in (query, key, value)]
     mask = None if mask is None else mask.to(device)
-    constants = store.scheme.constants(store.config)[:-1]
-    return attend_pairs(*tensors, mask, store.lengths()[1:].to(device), 0.3, *state, *constants).cpu()
+    attend = attend_pairs if store.scheme.name == "polar_pairs" else attend_sketch
+    return attend(*tensors, mask, store.lengths()[1:].to(device), 0.3, *state, *constants_of(store)).cpu()
 
 
 def options(**given):
@@ -80,6 +96,12 @@ APPEND = [
     (Case(options(group_size=32, residual_length=32, radius_bits=2, angle_bits=3), head_dim=80, dtype=HALF), 20, "all"),
     (Case(batch=2, past=40), 3, "padded"),
     (Case(options(group_size=64, residual_length=128, value_bits=4, value_group_size=16), dtype=HALF), 110, "padded"),
+    (Case(options(group_size=32, residual_length=32, seed=2), past=0, scheme="qjl"), 75, "padded"),
+    (
+        Case(options(group_size=64, residual_length=64, key_bits=3, outlier_channels=3), 2, 2, 2, 16, 60, HALF, "qjl"),
+        5,
+        "all",
+    ),
 ]
 ATTEND = [
     (Case(batch=2, heads=4, kv_heads=2, past=140, dtype=HALF), 1, "bool"),
@@ -87,6 +109,8 @@ ATTEND = [
     (Case(options(group_size=64, residual_length=64, radius_bits=2, value_bits=3), past=90, head_dim=16), 1, "float"),
     (Case(past=0, head_dim=16), 20, "causal"),
     (Case(options(group_size=128, residual_length=128), past=128, heads=1, head_dim=64), 1, "none"),
+    (Case(options(group_size=32, residual_length=32), 2, 4, 2, 32, 80, HALF, "qjl"), 1, "bool"),
+    (Case(options(group_size=64, residual_length=64, key_bits=3, seed=5), 1, 2, 1, 16, 70, FLOAT, "qjl"), 2, "causal"),
 ]
 LARGE = [
     (Case(given, 3, heads, 4, head_dim, 1500, dtype), n, kind)
@@ -94,6 +118,14 @@ LARGE = [
         (options(), 128, torch.bfloat16),
         (options(key_bits=3, group_size=64, residual_length=64), 256, HALF),
         (options(radius_bits=2, group_size=32), 80, FLOAT),
+    )
+    for heads, n, kind in ((4, 1, "none"), (32, 1, "bool"), (8, 150, "causal"))
+] + [
+    (Case(given, 3, heads, 4, head_dim, 1500, dtype, "qjl"), n, kind)
+    for given, head_dim, dtype in (
+        (options(), 128, torch.bfloat16),
+        (options(key_bits=4, group_size=64), 256, HALF),
+        (options(key_bits=3, seed=7), 64, FLOAT),
     )
     for heads, n, kind in ((4, 1, "none"), (32, 1, "bool"), (8, 150, "causal"))
 ]
@@ -117,14 +149,15 @@ def check_append(case, q_len, padding, device):
     for role in ROLES:
         for name, tensor in store.state[role].items():
             assert got[name].dtype == tensor.dtype
-            if tensor.dtype == torch.int32:
+            if tensor.dtype == torch.int32 or name == "key_outliers":
                 assert same_codes(got[name], tensor) >= 1 - DIFFERENT_CODE_SHARE, name
             elif "residual" in name:
                 assert torch.equal(got[name], tensor), name
             else:
                 torch.testing.assert_close(got[name], tensor, rtol=2 * FP16_ULP, atol=0)
     assert not torch.equal(got["key_residual"], before["key_residual"])
-    assert torch.equal(got["key_angle"], before["key_angle"]) == (
+    codes = next(iter(got))
+    assert torch.equal(got[codes], before[codes]) == (
         store.packed["key"] == case.past // store.config.residual_length * store.config.residual_length
     )
 
@@ -174,8 +207,9 @@ def test_kernels_on_long_caches(case, q_len, kind, kernel_device):
     check_attend(case, q_len, kind, kernel_device)
 
 
-def test_slots_without_a_token_and_hidden_rows(kernel_device):
-    case = Case(past=70)
+@pytest.mark.parametrize("scheme", ["polar_pairs", "qjl"])
+def test_slots_without_a_token_and_hidden_rows(scheme, kernel_device):
+    case = Case(past=70, scheme=scheme)
     store = case.store()
     store.append(*case.draw(case.past)[1:])
     query, key, value = case.draw(2)
@@ -214,3 +248,9 @@ def test_series_are_those_of_the_functions(kernel_device):
     assert (angle - wanted).abs().max() < 1e-6
     assert (cosine - angle.double().cos()).abs().max() < 1e-6
     assert (sine - angle.double().sin()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("head_dim", "key_bits"), [(16, 3), (64, 2)])
+def test_sketch_is_that_of_the_definition(head_dim, key_bits, kernel_device):
+    got = sketch(head_dim, key_bits, FLOAT, kernel_device, seed_offset(9 * SEEDS)).cpu()
+    torch.testing.assert_close(got, defined_sketch(head_dim, key_bits, torch.device("cpu"), 9), atol=1e-5, rtol=1e-5)

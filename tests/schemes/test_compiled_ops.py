@@ -14,6 +14,7 @@ CONFIGS = [
     make_config("turbo"),
     make_config("polar"),
     make_config("polar_pairs", group_size=32, residual_length=64).at_layer(5),
+    make_config("qjl", residual_length=64).at_layer(20),
 ]
 
 
@@ -33,7 +34,7 @@ def mark(store: Store, query, key, value, mask) -> None:
 CASES = [
     # Inductor takes a minute and more for the larger ones.
     pytest.param(config, q_len, id=f"{config.scheme}-{q_len}", marks=marks)
-    for config, marks in zip(CONFIGS, ((), (), *[pytest.mark.slow] * 4), strict=True)
+    for config, marks in zip(CONFIGS, ((), (), *[pytest.mark.slow] * 5), strict=True)
     for q_len in (1, 37)
     for marks in [pytest.mark.slow if q_len > 1 else marks]
 ]

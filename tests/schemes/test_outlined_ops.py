@@ -10,7 +10,7 @@ from ottfx.schemes.base import CacheShape
 
 B, H, D = 2, 3, 32
 WINDOW = {"group_size": 32, "residual_length": 32}
-OPTIONS = {"kivi": WINDOW, "ott": WINDOW, "turbo": {}, "polar": {}, "polar_pairs": WINDOW}
+OPTIONS = {"kivi": WINDOW, "ott": WINDOW, "turbo": {}, "polar": {}, "polar_pairs": WINDOW, "qjl": WINDOW}
 
 
 def halves(scheme, config):

@@ -18,6 +18,7 @@ SMALL = {
     # Its window in 8 bits has tests of its own (test_ott_plus.py); here what is kept is kept exactly.
     "ott+": {"group_size": 32, "residual_length": 16, "quantized_residual": False},
     "polar_pairs": {"group_size": 32, "residual_length": 64},
+    "qjl": {"group_size": 32, "residual_length": 64},
     "none": {},
 }
 FLOOR_DB = {2: (15, 7), 3: (22, 14), 4: (29, 20), 8: (53, 45)}
@@ -235,7 +236,7 @@ def test_rewinding_then_appending_again(scheme, length):
     assert store.packed["value"] <= store.packed["key"] <= length or scheme == "none"
     for role, exact in zip(ROLES, (key, value), strict=True):
         expected = before[role][:, :, :length].clone()
-        if scheme in ("ott", "ott+", "polar_pairs"):
+        if scheme in ("ott", "ott+", "polar_pairs", "qjl"):
             back = slice(max(store.packed[role], 200 - store.scheme.ring_rows(store.config)), length)
             expected[:, :, back] = exact[:, :, back]
         assert_kept(scheme, role, store.read(role), expected)
