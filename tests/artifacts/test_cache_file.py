@@ -34,7 +34,6 @@ SCHEMES = {
     "turbo": {"bits": 3, "seed": 2},
     "polar": {"first_bits": 2},
     "qjl": {"residual_length": 32, "seed": 3},
-    "polar_pairs": {"group_size": 32, "residual_length": 32, "angle_bits": 3},
 }
 
 
