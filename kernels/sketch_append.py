@@ -59,7 +59,7 @@ def _pack_kernel(
 
 
 def pack_warps(head_dim: int) -> int:
-    """Return the warps of a program that packs: what compiles for Hopper without spills."""
+    """Return the warps of a program that packs: what spills least on Hopper, a few words at 256 channels, none below."""
     return 8 if head_dim > 128 else 4
 
 
