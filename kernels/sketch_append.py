@@ -59,7 +59,7 @@ def _pack_kernel(
 
 
 def pack_warps(head_dim: int) -> int:
-    """Return the warps of a program that packs: what spills least on Hopper, a few words at 256 channels, none below."""
+    """Return the warps of a program that packs: on Hopper only 256 channels leave a few words on the stack."""
     return 8 if head_dim > 128 else 4
 
 
