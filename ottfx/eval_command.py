@@ -70,6 +70,10 @@ def eval_command(
         variants = study_variants() if study else default_variants(schemes.split(","), bits.split(","), vary or ())
         if lower != "inductor":
             variants = [replace(variant, options={**variant.options, "lower": lower}) for variant in variants]
+        elif device.startswith("cuda"):
+            # A long text is many small steps, and launching them would take most of the time.
+            recorded = {"mode": "reduce-overhead"}
+            variants = [replace(variant, options={**recorded, **variant.options}) for variant in variants]
         results = run_evaluation(
             variants,
             model,
