@@ -67,7 +67,6 @@ def _centroids(x: np.ndarray, mass: np.ndarray, moment: np.ndarray, thresholds: 
     return np.diff(np.interp(bounds, x, moment)) / np.diff(np.interp(bounds, x, mass))
 
 
-@lru_cache(maxsize=64)
 def sphere_magnitudes(head_dim: int, bits: int) -> Codebook:
     """Quantizer of the size of a coordinate of a random unit vector, for codes of a sign and `bits - 1` bits.
 
@@ -77,6 +76,12 @@ def sphere_magnitudes(head_dim: int, bits: int) -> Codebook:
 
     Source: TurboQuant, arXiv:2504.19874, lemma 1 and section 3.1.
     """
+    # A tracer may take constants for symbols; a table is of one size.
+    return _sphere_magnitudes(int(head_dim), int(bits))
+
+
+@lru_cache(maxsize=64)
+def _sphere_magnitudes(head_dim: int, bits: int) -> Codebook:
     return lloyd_max(lambda x: (1 - x * x) ** ((head_dim - 3) / 2), 0.0, 1.0, 2 ** (bits - 1))
 
 
