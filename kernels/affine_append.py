@@ -12,7 +12,7 @@ from ottfx.kernels.affine_encode import VALUE_WARPS, _encode_key_pages_kernel, _
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.key_order import order_channels
-from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2
+from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2, row_strides
 
 PAGE = 128
 STRIP = 16
@@ -132,12 +132,7 @@ def append(
         "value_residual_ptr": value_residual,
         "value_row_scale_ptr": lengths if value_residual_scale is None else value_residual_scale,
         "residual_valid_ptr": residual_valid,
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_value_batch": value.stride(0),
-        "stride_value_head": value.stride(1),
-        "stride_value_token": value.stride(2),
+        **row_strides(key=key, value=value),
         "site": site,
         "q_len": q_len,
         "flags_per_head": most_keys_due,

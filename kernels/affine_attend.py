@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.kernels.affine_combine import _combine_kernel
+from ottfx.kernels.affine_combine import combine
 from ottfx.kernels.affine_decode import _decode_kernel
 from ottfx.kernels.affine_split import _attend_kernel
 from ottfx.kernels.decode_plan import K_WIDTH, MOST_ROWS, TILE, combine_channels, decode_plan
-from ottfx.kernels.launch import at_most, dense_rows, launch, next_power_of_2
+from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, next_power_of_2, row_strides
 
 PAGE = 128
 HALVES = (torch.float16, torch.bfloat16)
@@ -86,7 +86,6 @@ def attend(
     rows = q_len * queries_per_kv
     pool_rows = 0 if outlier_key is None else outlier_key.shape[2]
     additive = mask is not None and mask.is_floating_point()
-    mask_strides = (0, 0, 0, 0) if mask is None else _broadcast_strides(mask)
     result_dtype = result_dtype or query.dtype
     output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=result_dtype, device=query.device)
     arguments: dict[str, Any] = {
@@ -109,19 +108,8 @@ def attend(
         "outlier_position_ptr": outlier_position if pool_rows else lengths,
         "outlier_value_ptr": outlier_value if pool_rows else value_residual,
         "key_order_ptr": lengths if key_order is None else key_order,
-        "stride_query_batch": query.stride(0),
-        "stride_query_head": query.stride(1),
-        "stride_query_token": query.stride(2),
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_value_batch": value.stride(0),
-        "stride_value_head": value.stride(1),
-        "stride_value_token": value.stride(2),
-        "stride_mask_batch": mask_strides[0],
-        "stride_mask_head": mask_strides[1],
-        "stride_mask_query": mask_strides[2],
-        "stride_mask_token": mask_strides[3],
+        **row_strides(query=query, key=key, value=value),
+        **mask_strides(mask),
         "site": site,
         "q_len": q_len,
         "pages": key_codes.shape[2],
@@ -187,19 +175,10 @@ def attend(
     # More stages would send the words through shared memory.
     launch(kernel, (batch_size * num_kv_heads, parts, row_blocks), arguments, num_warps, 1, max_registers)
     block_parts = next_power_of_2(most_splits + extra)
-    block_d = combine_channels(block_parts, head_dim)
-    arguments = {
-        "partial_ptr": partial,
-        "log_sum_ptr": log_sum,
-        "output_ptr": output,
-        "q_len": q_len,
-        "parts": parts,
-        "QUERIES_PER_KV": queries_per_kv,
-        "HEAD_DIM": head_dim,
-        "BLOCK_PARTS": block_parts,
-        "BLOCK_D": block_d,
-    }
-    launch(_combine_kernel, (all_rows, -(-head_dim // block_d)), arguments, num_warps=4, num_stages=1)
+    combine(
+        partial, log_sum, output, parts=parts, queries_per_kv=queries_per_kv, block_parts=block_parts,
+        block_d=combine_channels(block_parts, head_dim),
+    )  # fmt: skip
     return output
 
 
@@ -217,8 +196,3 @@ def tile_sizes(rows: Any, head_dim: int, bits: tuple[int, int], exact: bool) -> 
     if at_most(rows, 16):
         return 16, 32 if head_dim > 128 or 3 in bits else 64, 4
     return 32 if head_dim > 128 else 64, 32, 8
-
-
-def _broadcast_strides(mask: Tensor) -> tuple[Any, ...]:
-    # A size of 1 is every row; the last axis is never broadcast.
-    return tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)) + (mask.stride(3),)

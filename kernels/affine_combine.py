@@ -1,7 +1,12 @@
-"""Kernel that joins the partial softmax results of one query row."""
+"""Kernel and launcher that join the partial softmax results of one query row."""
+
+from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ottfx.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["q_len", "parts"])
@@ -31,3 +36,32 @@ def _combine_kernel(
     query_head = pair * QUERIES_PER_KV + row % QUERIES_PER_KV
     target = output_ptr + (query_head * q_len + query_token) * HEAD_DIM + channel
     tl.store(target, result.to(output_ptr.dtype.element_ty), mask=channel < HEAD_DIM)
+
+
+def combine(
+    partial: Tensor, log_sum: Tensor, output: Tensor, *, parts: Any, queries_per_kv: int, block_parts: int, block_d: int
+) -> None:
+    """Join the parts of all query rows.
+
+    Args:
+        partial: fp32 [rows, parts, head_dim]: rows of a (sequence, kv head) together, query heads vary fastest.
+        log_sum: fp32 [rows, parts]: logarithm of the sum of a part's weights, -inf where it saw nothing.
+        output: [batch, num_heads, q_len, head_dim], contiguous; written. A row that saw nothing gets 0.
+        parts: parts of a row; may be symbolic.
+        queries_per_kv: query heads of one kv head.
+        block_parts: a power of two, at least `parts`.
+        block_d: channels of a program, a power of two.
+    """
+    q_len, head_dim = output.shape[2:]
+    arguments = {
+        "partial_ptr": partial,
+        "log_sum_ptr": log_sum,
+        "output_ptr": output,
+        "q_len": q_len,
+        "parts": parts,
+        "QUERIES_PER_KV": queries_per_kv,
+        "HEAD_DIM": head_dim,
+        "BLOCK_PARTS": block_parts,
+        "BLOCK_D": block_d,
+    }
+    launch(_combine_kernel, (partial.shape[0], -(-head_dim // block_d)), arguments, num_warps=4, num_stages=1)

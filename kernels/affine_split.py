@@ -9,38 +9,8 @@ import triton
 import triton.language as tl
 
 from ottfx.kernels.packing import PAGE, load_key_codes, load_value_codes
+from ottfx.kernels.token_softmax import accumulate, masked_scores
 from ottfx.kernels.window import load_rows
-
-
-@triton.jit
-def _masked_scores(
-    scores, mask_row_ptr, stride_mask_token, column, live, live_rows, softmax_scale,
-    MASK: tl.constexpr, MASK_FLOOR: tl.constexpr,
-):  # fmt: skip
-    # scores [BLOCK_M, BLOCK_N] -> scaled, masked; MASK is 0 for none, 1 for bool, 2 for additive, hiding at MASK_FLOOR.
-    scores *= softmax_scale
-    if MASK > 0:
-        pointer = mask_row_ptr[:, None] + column.to(tl.int64)[None, :] * stride_mask_token
-        # [BLOCK_M, BLOCK_N]
-        entry = tl.load(pointer, mask=live_rows[:, None] & live[None, :], other=0)
-        if MASK == 1:
-            scores = tl.where(entry != 0, scores, float("-inf"))
-        else:
-            entry = entry.to(tl.float32)
-            scores = tl.where(entry > MASK_FLOOR, scores + entry, float("-inf"))
-    return tl.where(live[None, :], scores, float("-inf"))
-
-
-@triton.jit
-def _accumulate(scores, value, row_max, row_sum, acc, PRECISION: tl.constexpr):
-    # One step of the running softmax. A row that has seen nothing keeps row_max = -inf and row_sum = 0.
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weight = tl.exp(scores - base[:, None])
-    decay = tl.exp(row_max - base)
-    row_sum = row_sum * decay + tl.sum(weight, axis=1)
-    acc = tl.dot(weight.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
-    return new_max, row_sum, acc
 
 
 @triton.jit
@@ -57,13 +27,13 @@ def attend_dense(
     # [BLOCK_N, BLOCK_D]
     key = load_rows(key_ptr, key_row_scale_ptr, row[:, None] * stride_key_token + channel[None, :], row, in_row, live)
     scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
-    scores = _masked_scores(
+    scores = masked_scores(
         scores, mask_row_ptr, stride_mask_token, column, live, live_rows, softmax_scale, MASK, MASK_FLOOR
     )
     value = load_rows(
         value_ptr, value_row_scale_ptr, row[:, None] * stride_value_token + channel[None, :], row, in_row, live
     )
-    return _accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
+    return accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
 
 
 @triton.jit
@@ -206,7 +176,7 @@ def _attend_kernel(
                 page_row, stored, KEY_BITS, MIXED, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
             scores = tl.dot(stored_query, key.to(query.dtype), input_precision=PRECISION)
-            scores = _masked_scores(
+            scores = masked_scores(
                 scores,
                 mask_row_ptr,
                 stride_mask_token,
@@ -223,7 +193,7 @@ def _attend_kernel(
                 value_zero_point_ptr + slot * (VALUE_GROUPS * 128),
                 page_row, stored, VALUE_BITS, SYMMETRIC, VALUE_GROUPS, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
-            row_max, row_sum, acc = _accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
+            row_max, row_sum, acc = accumulate(scores, value.to(query.dtype), row_max, row_sum, acc, PRECISION)
     else:
         ring_key_ptr = key_residual_ptr + pair * CAPACITY * HEAD_DIM
         ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM

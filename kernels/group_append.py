@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ottfx.kernels.affine_pack import pack_value_strip
-from ottfx.kernels.launch import launch, next_power_of_2
+from ottfx.kernels.launch import launch, next_power_of_2, row_strides
 from ottfx.kernels.packing import PAGE
 
 RING_ROWS = 16
@@ -86,12 +86,7 @@ def common_arguments(
         "key_residual_ptr": key_residual,
         "value_residual_ptr": value_residual,
         "residual_valid_ptr": residual_valid,
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_value_batch": value.stride(0),
-        "stride_value_head": value.stride(1),
-        "stride_value_token": value.stride(2),
+        **row_strides(key=key, value=value),
         "q_len": key.shape[2],
         "NUM_KV_HEADS": key.shape[1],
         "HEAD_DIM": key.shape[3],

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.kernels.affine_combine import _combine_kernel
+from ottfx.kernels.affine_combine import combine
 from ottfx.kernels.group_split import _attend_groups_kernel
-from ottfx.kernels.launch import at_most, dense_rows, launch, next_power_of_2
+from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, next_power_of_2, row_strides
 from ottfx.kernels.sketch import sketch
-from ottfx.kernels.token_attend import PROGRAMS, SPLITS, mask_strides
+from ottfx.kernels.token_attend import PROGRAMS, SPLITS
 
 
 def attend_pairs(
@@ -177,7 +177,6 @@ def _attend(
     partial = torch.empty((all_rows, splits + 1, head_dim), dtype=torch.float32, device=query.device)
     log_sum = torch.empty((all_rows, splits + 1), dtype=torch.float32, device=query.device)
     additive = mask is not None and mask.is_floating_point()
-    strides = (0, 0, 0, 0) if mask is None else mask_strides(mask)
     arguments = {
         **storage,
         "query_ptr": query,
@@ -192,19 +191,8 @@ def _attend(
         "value_residual_ptr": value_residual,
         "partial_ptr": partial,
         "log_sum_ptr": log_sum,
-        "stride_query_batch": query.stride(0),
-        "stride_query_head": query.stride(1),
-        "stride_query_token": query.stride(2),
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_value_batch": value.stride(0),
-        "stride_value_head": value.stride(1),
-        "stride_value_token": value.stride(2),
-        "stride_mask_batch": strides[0],
-        "stride_mask_head": strides[1],
-        "stride_mask_query": strides[2],
-        "stride_mask_token": strides[3],
+        **row_strides(query=query, key=key, value=value),
+        **mask_strides(mask),
         "q_len": q_len,
         "pages": value_codes.shape[2],
         "splits": splits,
@@ -227,19 +215,10 @@ def _attend(
     grid = (batch_size * num_kv_heads, splits + 1, row_blocks)
     launch(_attend_groups_kernel, grid, arguments, num_warps, num_stages=1)
     output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
-    block_d = min(next_power_of_2(head_dim), 128)
-    arguments = {
-        "partial_ptr": partial,
-        "log_sum_ptr": log_sum,
-        "output_ptr": output,
-        "q_len": q_len,
-        "parts": splits + 1,
-        "QUERIES_PER_KV": queries_per_kv,
-        "HEAD_DIM": head_dim,
-        "BLOCK_PARTS": next_power_of_2(most_splits + 1),
-        "BLOCK_D": block_d,
-    }
-    launch(_combine_kernel, (all_rows, -(-head_dim // block_d)), arguments, num_warps=4, num_stages=1)
+    combine(
+        partial, log_sum, output, parts=splits + 1, queries_per_kv=queries_per_kv,
+        block_parts=next_power_of_2(most_splits + 1), block_d=min(next_power_of_2(head_dim), 128),
+    )  # fmt: skip
     return output
 
 

@@ -44,6 +44,21 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def row_strides(**tensors: Tensor) -> dict[str, Any]:
+    """Return the arguments `stride_NAME_batch`, `_head` and `_token` of tensors [batch, heads, tokens, channels]."""
+    axes = ("batch", "head", "token")
+    return {f"stride_{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}
+
+
+def mask_strides(mask: Tensor | None) -> dict[str, Any]:
+    """Return the arguments `stride_mask_*` of a 4-D mask; where it has a size of 1 every row is that one."""
+    axes = ("batch", "head", "query", "token")
+    if mask is None:
+        return {f"stride_mask_{axis}": 0 for axis in axes}
+    # The last axis is never broadcast.
+    return {f"stride_mask_{axis}": 0 if i < 3 and mask.shape[i] == 1 else mask.stride(i) for i, axis in enumerate(axes)}
+
+
 def next_power_of_2(size: int) -> int:
     """Return the smallest power of two that is not below `size`."""
     return 1 << max(size - 1, 0).bit_length()

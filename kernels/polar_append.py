@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ottfx.kernels.launch import dense_rows, launch
+from ottfx.kernels.launch import dense_rows, launch, row_strides
 from ottfx.kernels.packing import FINITE_MAX, PAGE, make_finite
 from ottfx.kernels.polar_codes import level_constants, padded_blocks, store_blocks
 from ottfx.kernels.rotate import BLOCK, rotate_rows
@@ -103,12 +103,7 @@ def append(
         "value_codes_ptr": value_codes,
         "value_upper_ptr": value_upper,
         "value_scale_ptr": value_radius,
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_value_batch": value.stride(0),
-        "stride_value_head": value.stride(1),
-        "stride_value_token": value.stride(2),
+        **row_strides(key=key, value=value),
         "q_len": q_len,
         "pages": key_codes.shape[2],
         "NUM_KV_HEADS": num_kv_heads,

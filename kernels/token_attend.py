@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.kernels.affine_combine import _combine_kernel
-from ottfx.kernels.launch import at_most, dense_rows, launch, next_power_of_2
+from ottfx.kernels.affine_combine import combine
+from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, next_power_of_2, row_strides
 from ottfx.kernels.polar_codes import level_constants, padded_blocks
 from ottfx.kernels.rotate import rotate
 from ottfx.kernels.table_codes import padded_channels, table_constants
@@ -157,7 +157,6 @@ def _attend(
     partial = torch.empty((all_rows, splits + 1, head_dim), dtype=torch.float32, device=query.device)
     log_sum = torch.empty((all_rows, splits + 1), dtype=torch.float32, device=query.device)
     additive = mask is not None and mask.is_floating_point()
-    strides = (0, 0, 0, 0) if mask is None else mask_strides(mask)
     arguments = {
         **storage,
         "query_ptr": query,
@@ -168,16 +167,8 @@ def _attend(
         "lengths_ptr": lengths,
         "partial_ptr": partial,
         "log_sum_ptr": log_sum,
-        "stride_query_batch": query.stride(0),
-        "stride_query_head": query.stride(1),
-        "stride_query_token": query.stride(2),
-        "stride_key_batch": key.stride(0),
-        "stride_key_head": key.stride(1),
-        "stride_key_token": key.stride(2),
-        "stride_mask_batch": strides[0],
-        "stride_mask_head": strides[1],
-        "stride_mask_query": strides[2],
-        "stride_mask_token": strides[3],
+        **row_strides(query=query, key=key),
+        **mask_strides(mask),
         "q_len": q_len,
         "pages": storage["key_codes_ptr"].shape[2],
         "splits": splits,
@@ -196,19 +187,10 @@ def _attend(
     grid = (batch_size * num_kv_heads, splits + 1, row_blocks)
     launch(_attend_tokens_kernel, grid, arguments, num_warps, num_stages=1)
     rotated = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=torch.float32, device=query.device)
-    block_d = min(next_power_of_2(head_dim), 128)
-    arguments = {
-        "partial_ptr": partial,
-        "log_sum_ptr": log_sum,
-        "output_ptr": rotated,
-        "q_len": q_len,
-        "parts": splits + 1,
-        "QUERIES_PER_KV": queries_per_kv,
-        "HEAD_DIM": head_dim,
-        "BLOCK_PARTS": next_power_of_2(most_splits + 1),
-        "BLOCK_D": block_d,
-    }
-    launch(_combine_kernel, (all_rows, -(-head_dim // block_d)), arguments, num_warps=4, num_stages=1)
+    combine(
+        partial, log_sum, rotated, parts=splits + 1, queries_per_kv=queries_per_kv,
+        block_parts=next_power_of_2(most_splits + 1), block_d=min(next_power_of_2(head_dim), 128),
+    )  # fmt: skip
     return rotate(rotated, True, query.dtype, seed_offset)
 
 
@@ -226,8 +208,3 @@ def tile_sizes(rows: Any, head_dim: int, bits: int, exact: bool) -> tuple[int, i
     if at_most(rows, 16):
         return 16, 32 if head_dim > 128 or bits > 3 else 64, 8 if head_dim > 128 or bits > 3 else 4
     return (16, 32, 8) if head_dim > 128 else (64, 32, 8)
-
-
-def mask_strides(mask: Tensor) -> tuple[Any, ...]:
-    """Return those of a 4-D mask: a size of 1 is every row; the last axis is never broadcast."""
-    return tuple(0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)) + (mask.stride(3),)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ottfx.affine_grids import in_natural_order, read_key_pages, read_value_pages
 from ottfx.affine_schedule import ring_positions
+from ottfx.masked_softmax import additive_mask, softmax_or_zero
 from ottfx.mixed_words import known_order
 from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
 from ottfx.window_rows import decode_rows, encode_rows, present
@@ -22,10 +23,7 @@ def _mask_bias(mask: Tensor | None, num_kv_heads: int, groups: int) -> Tensor | 
     # Additive fp32 [batch or 1, num_kv_heads or 1, groups or 1, queries, kv_len]; what a float mask hides is -inf.
     if mask is None:
         return None
-    if mask.dtype == torch.bool:
-        bias = torch.where(mask, 0.0, -torch.inf)
-    else:
-        bias = torch.where(mask > torch.finfo(mask.dtype).min / 2, mask.float(), -torch.inf)
+    bias = additive_mask(mask)
     if bias.shape[1] == 1:
         return bias.unsqueeze(1)
     return bias.unflatten(1, (num_kv_heads, groups))
@@ -155,10 +153,7 @@ def attend(
             parts = [part.expand(batch, num_kv_heads, -1, -1, -1) for part in parts] + [pool_bias]
         scores = scores + torch.cat(parts, dim=-1)
 
-    highest = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(highest == -torch.inf, 0.0, highest))
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
+    weights = softmax_or_zero(scores)
     result = weights.flatten(2, 3) @ torch.cat(values, dim=2)
     return result.reshape(query.shape).to(result_dtype or query.dtype)
 

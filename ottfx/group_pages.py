@@ -15,6 +15,7 @@ from ottfx.affine_cache import append_to_ring, token_validity
 from ottfx.affine_grids import code_values, read_value_pages
 from ottfx.affine_pages import merge_codes, merge_pages, write_values
 from ottfx.affine_schedule import Due, anything_due, due_range, ring_positions, window_index
+from ottfx.masked_softmax import additive_mask, softmax_or_zero
 from ottfx.opaque_call import in_opaque_call
 from ottfx.reference import make_finite
 from ottfx.schemes.base import ANY_LENGTH, PAGE, is_always, new_positions
@@ -173,15 +174,9 @@ def attend(
     )
     bias = torch.where(seen, 0.0, -torch.inf)
     if mask is not None:
-        entry = mask.index_select(-1, position.clamp(0, mask.shape[-1] - 1))
-        hidden = ~entry if mask.dtype == torch.bool else entry <= torch.finfo(mask.dtype).min / 2
-        shift = torch.zeros_like(bias) if mask.dtype == torch.bool else entry.float()
-        bias = bias + torch.where(hidden, -torch.inf, shift)
+        bias = bias + additive_mask(mask.index_select(-1, position.clamp(0, mask.shape[-1] - 1)))
     rows = query.float().reshape(batch, num_kv_heads, -1, head_dim)
     scores = (rows @ keys.transpose(-1, -2)).reshape(batch, query.shape[1], q_len, -1) * softmax_scale + bias
-    highest = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(highest == -torch.inf, 0.0, highest))
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
+    weights = softmax_or_zero(scores)
     result = weights.reshape(batch, num_kv_heads, -1, values.shape[2]) @ values
     return result.reshape(query.shape).to(query.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ottfx.masked_softmax import additive_mask, softmax_or_zero
 from ottfx.rotation import rotate, rotate_back
 from ottfx.schemes.base import ANY_LENGTH, PAGE, is_always, new_positions
 
@@ -64,7 +65,7 @@ def attend(
     bias = torch.cat([hidden, hidden.new_zeros(q_len)])
     if mask is not None:
         columns = torch.cat([slot.clamp(max=mask.shape[-1] - 1), new_positions(lengths, site, q_len)])
-        bias = bias + _additive(mask.index_select(-1, columns))
+        bias = bias + additive_mask(mask.index_select(-1, columns))
 
     def rows(x: Tensor) -> Tensor:
         # [batch, num_kv_heads, query heads of one of them * q_len, head_dim]
@@ -76,16 +77,7 @@ def attend(
         rows(query) @ key.float().transpose(-1, -2),
     ]
     scores = torch.cat(parts, dim=-1).reshape(batch, query.shape[1], q_len, -1) * softmax_scale + bias
-    highest = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(highest == -torch.inf, 0.0, highest))
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, 1.0, total)
+    weights = softmax_or_zero(scores)
     values = torch.cat([stored_value, rotate(value.float(), seed)], dim=2)
     result = weights.reshape(batch, num_kv_heads, -1, values.shape[2]) @ values
     return rotate_back(result.reshape(query.shape), key.dtype, seed)
-
-
-def _additive(mask: Tensor) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.where(mask, 0.0, -torch.inf)
-    return torch.where(mask > torch.finfo(mask.dtype).min / 2, mask.float(), -torch.inf)
