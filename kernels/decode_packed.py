@@ -24,6 +24,8 @@ ZERO_DROP = tl.constexpr(256.0)
 """Zero points are used this much smaller, so that they fit float16 when they are lifted."""
 WEIGHT_LIFT = tl.constexpr(15)
 """Weights times value scales, at most 1, are used as float16 larger by 2 to this power."""
+LEAST_MARKED = tl.constexpr(-(2.0**-24))
+"""The float16 scale of a token that is not to be seen: no larger unit follows from it."""
 WEIGHT_UNIT = tl.constexpr(0.5**WEIGHT_LIFT.value)
 
 
@@ -200,9 +202,10 @@ def attend_packed(
             scores, _ = tl.split(tl.reshape(scores, [TILE // 16, 16, 4, 2]))
 
         if not WHOLE_TILES:
-            # What lies behind the last token is not initialized: as marked, with constants of zero.
+            # What lies behind the last token is not initialized: as marked, with the least scale there is. A compiled
+            # constant of -0.0 has no sign.
             live = by_row(tile * TILE + lane_token(NG, TILE) < packed, NG, TILE)
-            value_scale = tl.where(live, value_scale, -0.0)
+            value_scale = tl.where(live, value_scale, LEAST_MARKED)
             if not SYMMETRIC:
                 value_zero_point = tl.where(live, value_zero_point, 0.0)
         value_scale = value_scale.to(tl.float32)

@@ -22,6 +22,7 @@ SMALL = [
     (Case(scheme="kivi", residual_length=96, value_bits=3, head_dim=48, dtype=FLOAT), (150,), 18, "causal"),
     (Case(dtype=HALF), (20,), 1, "none"),
     (Case(dtype=HALF), (), 4, "causal"),
+    (Case(dtype=HALF), (140,), 1, "none"),  # codes end within a tile
 ]
 PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3, coded_window=True)
 SMALL += [
