@@ -5,8 +5,8 @@ import torch
 ATTENTION_ERROR = {
     # Products and sums in float32 on both sides; their order differs, and exp is within two units in the last place.
     torch.float32: 2e-5,
-    # Keys, values and softmax weights are rounded to 11 bits before a tensor core multiplies them; scores of these tests
-    # reach 18, so that a weight is off by up to 18 * 2**-12.
+    # Keys, values and softmax weights are rounded to 11 bits before a tensor core multiplies them; scores of these
+    # tests reach 18, so that a weight is off by up to 18 * 2**-12.
     torch.float16: 3e-3,
     # The same with 8 bits.
     torch.bfloat16: 1.5e-2,
