@@ -20,6 +20,7 @@ from ottfx.errors import ConfigError
 from ottfx.eval_command import option_value
 from ottfx.kv_tensor import KVTensor
 from ottfx.registry import make_config
+from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.schemes.base import SchemeConfig
 
 CacheKind = Literal["packed", "dynamic", "static", "quanto", "hqq"]
@@ -67,7 +68,7 @@ QUANTIZED = {"quanto": {"axis_key": 0, "axis_value": 0}, "hqq": {"axis_key": 1, 
 class Quantization:
     """What `packed` caches store, and how the rewritten graph is run."""
 
-    scheme: str = "ott"
+    scheme: str = DEFAULT_SCHEME
     bits: int = 2
     options: tuple[tuple[str, Any], ...] = ()
     """Other fields of the scheme's config: (name, value)."""
@@ -82,7 +83,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model, and how ottfx stores its cache."""
     parser.add_argument("--shape", default="llama-3-8b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, help="replaces the shape's number of layers")
-    parser.add_argument("--scheme", default="ott")
+    parser.add_argument("--scheme", default=DEFAULT_SCHEME)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument(
         "--option", action="append", default=[], type=scheme_option, metavar="NAME=VALUE",

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ottfx.errors import ConfigError, MatchError
 from ottfx.graph_compiler import compile_graph
 from ottfx.report import Report
+from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.schemes.base import SchemeConfig
 from ottfx.settings import Settings, make_settings
 
@@ -23,7 +24,7 @@ def compile(
     model: Model,
     bits: int | None = None,
     *,
-    scheme: str | SchemeConfig = "ott",
+    scheme: str | SchemeConfig = DEFAULT_SCHEME,
     mode: str | None = None,
     dynamic: bool | None = True,
     fullgraph: bool = False,
@@ -38,7 +39,7 @@ def compile(
     Args:
         model: the module to compile; it is changed in place.
         bits: width of a code, 2 (the default), 3, 4 or 8; or leave it to `scheme`, when that is a config.
-        scheme: name of a scheme (`ott`, `kivi`, `none`, ...) or its config.
+        scheme: name of a scheme (`ott+`, `ott`, `kivi`, `none`, ...) or its config.
         mode: a mode of `torch.compile`. `reduce-overhead` and `max-autotune` replay decode steps as CUDA graphs; then
             one call at a time may run, and the model is not checked for changes: compile it again after replacing or
             adding modules or parameters. On a CPU they record nothing.
@@ -75,7 +76,7 @@ def explain(
     example: Mapping[str, Any] | Sequence[Any],
     bits: int | None = None,
     *,
-    scheme: str | SchemeConfig = "ott",
+    scheme: str | SchemeConfig = DEFAULT_SCHEME,
     next_example: Callable[[Any], Mapping[str, Any] | Sequence[Any]] | None = None,
     **scheme_options: Any,
 ) -> Report:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ottfx.artifacts.commands import register as register_artifact_commands
 from ottfx.command_output import errors_in_red, progress_bar, quiet_transformers, size_text
+from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.versions import installed_version
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def demo(
         Optional[int],  # noqa: UP045 (typer reads this at run time, on Python 3.10 too)
         typer.Option(help="Width of a code: 2, 3, 4 or 8. By default the scheme's own, 2."),
     ] = None,
-    scheme: Annotated[str, typer.Option(help="How keys and values are quantized: a registered scheme.")] = "ott",
+    scheme: Annotated[str, typer.Option(help="How keys and values are stored: a registered scheme.")] = DEFAULT_SCHEME,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 96,
     prompt: Annotated[
         Optional[str],  # noqa: UP045

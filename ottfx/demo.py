@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import ottfx
+from ottfx.schemes import DEFAULT_SCHEME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def compare(
     prompt: str,
     *,
     bits: int | None = None,
-    scheme: str = "ott",
+    scheme: str = DEFAULT_SCHEME,
     max_new_tokens: int = 96,
     on_stage: Callable[[str], None] = lambda stage: None,
     on_token: Callable[[], None] = lambda: None,

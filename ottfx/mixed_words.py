@@ -19,18 +19,37 @@ ELEMENTS = 16
 HALF_WIDTHS = (4, 3, 2, 1, 2, 2, 1, 1)
 """Bits of the elements of either half of a word, from its low end on. The first four fill the mantissa of a float16."""
 AVERAGE_BITS = 2
-_ENDS = tuple(sum(HALF_WIDTHS[: i + 1]) for i in range(len(HALF_WIDTHS)))
+_STARTS = tuple(sum(HALF_WIDTHS[:i]) for i in range(len(HALF_WIDTHS)))
 WIDTHS = tuple(HALF_WIDTHS[i // 2] for i in range(ELEMENTS))
 """Bits of each element: even ones are in the low half, odd ones in the high half."""
-POSITIONS = tuple(_ENDS[i // 2] - HALF_WIDTHS[i // 2] + 16 * (i % 2) for i in range(ELEMENTS))
+POSITIONS = tuple(_STARTS[i // 2] + 16 * (i % 2) for i in range(ELEMENTS))
 WIDEST_FIRST = tuple(sorted(range(ELEMENTS), key=lambda i: -WIDTHS[i]))
 """Elements by width; those of equal width in their order in the word."""
+_RANKS = tuple(WIDEST_FIRST.index(2 * i) // 2 for i in range(ELEMENTS // 2))
+
+
+def _of_halves(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # `values` (8, below 16) by element and which half that is in, both int64 [ELEMENTS]. The table is a number: a
+    # program that is compiled ahead of time has no place for a tensor that was made of a list.
+    element = torch.arange(ELEMENTS, device=device)
+    place, half = element >> 1, element & 1
+    table = sum(value << 4 * i for i, value in enumerate(values))
+    return (torch.full_like(place, table) >> (4 * place)) & 15, half
+
+
+def _widths(device: torch.device) -> Tensor:
+    return _of_halves(HALF_WIDTHS, device)[0]
+
+
+def _positions(device: torch.device) -> Tensor:
+    start, half = _of_halves(_STARTS, device)
+    return start + 16 * half
 
 
 def channel_levels(head_dim: int, device: torch.device) -> Tensor:
     """Return the highest code of each stored channel, float32 [head_dim]."""
-    levels = torch.tensor([2.0**width - 1 for width in WIDTHS], device=device)
-    return levels.repeat(head_dim // ELEMENTS)
+    levels = (torch.ones_like(_widths(device)) << _widths(device)) - 1
+    return levels.float().repeat(head_dim // ELEMENTS)
 
 
 def order_channels(spread: Tensor) -> Tensor:
@@ -45,10 +64,10 @@ def order_channels(spread: Tensor) -> Tensor:
     head_dim = spread.shape[-1]
     strips = head_dim // ELEMENTS
     ranked = spread.sort(dim=-1, descending=True, stable=True).indices
-    element = torch.tensor(WIDEST_FIRST, device=spread.device).argsort()
-    stored = torch.arange(head_dim, device=spread.device)
-    rank = element.index_select(0, stored % ELEMENTS) * strips + torch.div(stored, ELEMENTS, rounding_mode="floor")
-    return ranked.index_select(-1, rank)
+    pair_rank, half = _of_halves(_RANKS, spread.device)
+    strip = torch.arange(strips, device=spread.device)
+    rank = (2 * pair_rank + half) * strips + strip.unsqueeze(1)
+    return ranked.index_select(-1, rank.flatten())
 
 
 def known_order(key_order: Tensor) -> Tensor:
@@ -66,14 +85,13 @@ def pack_mixed(codes: Tensor) -> Tensor:
     Returns:
         int32 [..., tokens * head_dim / 16].
     """
-    shift = torch.tensor(POSITIONS, device=codes.device)
-    words = (codes.unflatten(-1, (-1, ELEMENTS)).long() << shift).sum(-1)
+    words = (codes.unflatten(-1, (-1, ELEMENTS)).long() << _positions(codes.device)).sum(-1)
     return to_int32(words).transpose(-1, -2).flatten(-2)
 
 
 def unpack_mixed(words: Tensor, rows: int, contraction: int) -> Tensor:
     """Unpack pages of words, the inverse of `pack_mixed`: uint8 [..., rows, contraction]."""
     grid = words.unflatten(-1, (contraction // ELEMENTS, rows)).transpose(-1, -2).unsqueeze(-1)
-    shift = torch.tensor(POSITIONS, dtype=torch.int32, device=words.device)
-    mask = torch.tensor([2**width - 1 for width in WIDTHS], dtype=torch.int32, device=words.device)
+    shift, width = _positions(words.device).int(), _widths(words.device).int()
+    mask = (torch.ones_like(width) << width) - 1
     return ((grid >> shift) & mask).to(torch.uint8).flatten(-2)

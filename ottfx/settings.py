@@ -11,6 +11,7 @@ import torch
 from ottfx.errors import ConfigError
 from ottfx.inductor_options import can_see_through_cpu_ops
 from ottfx.registry import make_config
+from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.schemes.base import SchemeConfig
 from ottfx.step_graph import RecordingPool
 
@@ -76,7 +77,7 @@ def make_settings(
             f"ottfx: {where}: inline_cpu_ops must be False with torch {torch.__version__}, whose Inductor may write to "
             "the cache before it reads it. Got inline_cpu_ops=True. Leave it out, or use torch 2.12 or newer."
         )
-    scheme = remaining.pop("scheme", "ott")
+    scheme = remaining.pop("scheme", DEFAULT_SCHEME)
     bits = remaining.pop("bits", None)
     config = make_config(scheme, bits, **remaining)
     inductor_options: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ottfx.command_output import errors_in_red, progress_bar, quiet_transformers, size_text
 from ottfx.errors import ArtifactError, ConfigError
+from ottfx.schemes import DEFAULT_SCHEME
 
 # torch and transformers take seconds to import: functions that need them do so themselves.
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def export_command(
         Optional[int],  # noqa: UP045 (typer reads this at run time, on Python 3.10 too)
         typer.Option(help="Width of a code: 2, 3, 4 or 8. By default the scheme's own, 2."),
     ] = None,
-    scheme: Annotated[str, typer.Option(help="How keys and values are quantized: a registered scheme.")] = "ott",
+    scheme: Annotated[str, typer.Option(help="How keys and values are stored: a registered scheme.")] = DEFAULT_SCHEME,
     option: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Another option of the scheme, as name=value. May be repeated."),

@@ -29,6 +29,7 @@ from ottfx.artifacts.manifest import (
 from ottfx.errors import ConfigError
 from ottfx.inductor_options import can_see_through_cpu_ops
 from ottfx.registry import make_config
+from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.schemes.base import SchemeConfig
 
 WEIGHTS = ("inside", "external")
@@ -42,7 +43,7 @@ def export(
     path: str | Path,
     bits: int | None = None,
     *,
-    scheme: str | SchemeConfig = "ott",
+    scheme: str | SchemeConfig = DEFAULT_SCHEME,
     call: ModelCall | None = None,
     weights: str = "inside",
     format: str = "aoti",

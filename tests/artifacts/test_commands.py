@@ -288,7 +288,7 @@ def test_export_passes_on_what_it_is_told(export, model, tmp_path):
 
 def test_export_leaves_defaults_to_the_scheme(export, tmp_path):
     assert invoke("export", "smollm2", "-o", tmp_path / "m.pt2", "--device", "cpu").exit_code == 0
-    assert export["bits"] is None and export["scheme"] == "ott"
+    assert export["bits"] is None and export["scheme"] == "ott+"
     assert export["model"].dtype == torch.bfloat16
 
 

@@ -43,7 +43,7 @@ def test_demo_reports_both_runs(model, tokenizer, monkeypatch):
     monkeypatch.setattr("ottfx.models.load_smollm2", lambda dtype, notify: (model, tokenizer))
     result = invoke("demo", "--prompt", "x" * 300, "--max-new-tokens", "6", "--bits", "4", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    for expected in ("full precision", "ott, 4 bits", "smaller by", "tokens/s", "codes", "prompt of 306 tokens"):
+    for expected in ("full precision", "ott+, 4 bits", "smaller by", "tokens/s", "codes", "prompt of 306 tokens"):
         assert expected in result.output
 
 

@@ -29,7 +29,7 @@ def test_compile_is_in_place_and_can_be_repeated():
         ottfx.compile(model, key_bits=4, value_bits=8, **EAGER)
         cache = model(ids).past_key_values
     half = cache.layers[1].keys.payload.half
-    assert (half.scheme.name, half.config.widths()) == ("ott", (4, 8))
+    assert (half.scheme.name, half.config.widths()) == ("ott+", (4, 8))
 
 
 def test_a_cache_keeps_its_scheme_when_the_model_is_compiled_for_another():
@@ -176,7 +176,7 @@ def test_explain_reports_sites_refusals_and_bytes():
     assert [site.kinds for site in report.sites] == [("prompt", "continue")]
     assert [refusal.index for refusal in report.refusals] == [0]
     text = str(report)
-    assert "sliding window" in text and "ott_attend" in text and "32k" in text
+    assert "sliding window" in text and "ott_plus_attend" in text and "32k" in text
     site = report.sites[0]
     assert site.bytes_per_token[32768] < site.dense_bytes_per_token / 5
 

@@ -106,7 +106,7 @@ def on_grid(x: torch.Tensor, dim: int) -> torch.Tensor:
 @pytest.mark.parametrize(("seats", "spill"), [(0, 0), (3, 3), (2, 32)], ids=["no pool", "pool 3+3", "pool 2+32"])
 def test_the_real_cache_decodes_as_an_independent_simulation_of_it(seats, spill):
     model, ids = tiny_model("llama"), random_tokens(1, 200)
-    options = dict(bits=2, group_size=32, residual_length=8, exempt_layers=(), lower="eager")
+    options = dict(scheme="ott", bits=2, group_size=32, residual_length=8, exempt_layers=(), lower="eager")
     variant = Variant(label="real", options=options | dict(outlier_capacity=seats, spill_capacity=spill))
     (real,) = evaluate(model, ids, [variant], num_tokens=200, start=64)
     cache = DynamicCache(config=model.config)

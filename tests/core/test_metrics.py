@@ -93,7 +93,8 @@ def test_tail_and_drift():
 
 
 def test_bits_at_other_lengths():
-    model = ottfx.compile(tiny_model("llama", num_hidden_layers=1), bits=2, exempt_layers=(), lower="eager")
+    model = tiny_model("llama", num_hidden_layers=1)
+    ottfx.compile(model, bits=2, scheme="ott", exempt_layers=(), lower="eager")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(random_tokens(1, 200), past_key_values=cache)
