@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ottfx.kernels.launch import launch
 
+ONE_WARP = 1024
+"""Numbers that one warp of the combination joins."""
+
 
 @triton.jit(do_not_specialize=["q_len", "parts"])
 def _combine_kernel(
@@ -64,4 +67,5 @@ def combine(
         "BLOCK_PARTS": block_parts,
         "BLOCK_D": block_d,
     }
-    launch(_combine_kernel, (partial.shape[0], -(-head_dim // block_d)), arguments, num_warps=4, num_stages=1)
+    num_warps = 1 if block_parts * block_d <= ONE_WARP else 4
+    launch(_combine_kernel, (partial.shape[0], -(-head_dim // block_d)), arguments, num_warps, num_stages=1)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import triton
 
-from ottfx.kernels.decode_window import WINDOW_SHARE
 from ottfx.kernels.launch import at_most, next_power_of_2
 from ottfx.kernels.packing import PAGE
 
@@ -22,6 +21,8 @@ TILE = 64
 MULTIPROCESSORS = 132
 LEAN_REGISTERS = 168
 """Registers of a program that leave room for 12 on a multiprocessor; the other configurations take 255, for 8."""
+WINDOW_SHARE = 64
+"""Tokens of the ring that a program reads, or more where there are programs enough without."""
 TILES_OF_OVERHEAD = 2
 """What starting a program and joining its part cost, in tiles of work."""
 MOST_COMBINED = 8192
@@ -90,7 +91,7 @@ def decode_plan(
         row_blocks=row_blocks,
         splits=splits,
         most_splits=most_splits,
-        window_parts=-(-ring_rows // WINDOW_SHARE.value),
+        window_parts=window_parts(programs, ring_rows, slots),
         max_registers=LEAN_REGISTERS if lean else None,
     )
 
@@ -104,6 +105,14 @@ def best_splits(programs: int, tiles: int, slots: int) -> int:
         return waves * (-(-tiles // splits) + TILES_OF_OVERHEAD)
 
     return min(range(1, max(1, min(tiles, 4 * slots // programs, slots)) + 1), key=time)
+
+
+def window_parts(programs: Any, ring_rows: int, slots: int) -> int:
+    """Return into how many shares to cut the ring of each of `programs`, of which `slots` run at once."""
+    shares = -(-ring_rows // WINDOW_SHARE)
+    if not isinstance(programs, int):
+        return shares
+    return max(1, min(shares, slots // programs))
 
 
 def combine_channels(parts: int, head_dim: int) -> int:

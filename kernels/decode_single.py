@@ -7,7 +7,7 @@ float32. Loads of the next rows are under way while these are worked on.
 import triton
 import triton.language as tl
 
-from ottfx.kernels.decode_window import NOTHING_SEEN, WINDOW_SHARE, store_part
+from ottfx.kernels.decode_window import NOTHING_SEEN, store_part, window_share
 
 ROWS = tl.constexpr(8)
 """Tokens of a step: with 16 the registers do not hold those of the next step as well."""
@@ -77,8 +77,9 @@ def attend_window_once(
     value_residual_ptr += pair * CAPACITY * HEAD_DIM
     key_row_scale_ptr += pair * CAPACITY
     value_row_scale_ptr += pair * CAPACITY
-    first = packed + part * WINDOW_SHARE
-    last = tl.minimum(first + WINDOW_SHARE, past)
+    share = window_share(CAPACITY, WINDOW_PARTS)
+    first = packed + part * share
+    last = tl.minimum(first + share, past)
     token = first + step
     key, value, key_step, value_step, live = _load_rows(
         key_residual_ptr, key_row_scale_ptr, HEAD_DIM, value_residual_ptr, value_row_scale_ptr, HEAD_DIM,

@@ -8,8 +8,13 @@ from ottfx.kernels.window import load_rows
 NOTHING_SEEN = tl.constexpr(-1e30)
 LN_2 = tl.constexpr(0.6931471805599453)
 DENSE_TILE = tl.constexpr(16)
-WINDOW_SHARE = tl.constexpr(64)
-"""Tokens of the ring that one program reads."""
+
+
+@triton.jit
+def window_share(CAPACITY: tl.constexpr, WINDOW_PARTS: tl.constexpr):
+    """Tokens of the ring that one program reads."""
+    STEPS: tl.constexpr = (CAPACITY + DENSE_TILE - 1) // DENSE_TILE
+    return (STEPS + WINDOW_PARTS - 1) // WINDOW_PARTS * DENSE_TILE
 
 
 @triton.jit
@@ -81,8 +86,9 @@ def attend_window(
     ring_value_ptr = value_residual_ptr + pair * CAPACITY * HEAD_DIM
     key_row_scale_ptr += pair * CAPACITY
     value_row_scale_ptr += pair * CAPACITY
-    first = packed + part * WINDOW_SHARE
-    for start in tl.range(first, tl.minimum(first + WINDOW_SHARE, past), DENSE_TILE):
+    share = window_share(CAPACITY, WINDOW_PARTS)
+    first = packed + part * share
+    for start in tl.range(first, tl.minimum(first + share, past), DENSE_TILE):
         token = start + step
         row_max, row_sum, acc = _attend_dense(
             query, ring_key_ptr, key_row_scale_ptr, HEAD_DIM, ring_value_ptr, value_row_scale_ptr, HEAD_DIM,

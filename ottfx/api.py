@@ -19,6 +19,10 @@ from ottfx.settings import Settings, make_settings
 
 Model = TypeVar("Model", bound=nn.Module)
 
+MOST_GRAPHS = 32
+"""Graphs of one model before torch gives up and runs it uncompiled. Its own limit, 8, is less than a model with sliding
+layers takes: prompt, chunk and single token, each with windows that are empty, filling, full, and becoming full."""
+
 
 def compile(
     model: Model,
@@ -132,7 +136,9 @@ def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None,
         )
 
     # With dynamic shapes every Python float would become a graph input, and every graph be compiled twice.
-    @torch._dynamo.config.patch(specialize_float=True)
+    @torch._dynamo.config.patch(
+        specialize_float=True, recompile_limit=max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    )
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled(model.training)(*args, **kwargs)
 

@@ -5,6 +5,7 @@ import torch
 from affine_world import SITE, Case, World
 
 from ottfx import affine_read
+from ottfx.kernels import decode_plan
 from ottfx.kernels.affine_attend import attend
 from tests.tolerances import ATTENTION_ERROR
 
@@ -116,6 +117,18 @@ def check(case, steps, q_len, mask_kind, device):
 @pytest.mark.parametrize("case, steps, q_len, mask_kind", SMALL, ids=str)
 def test_attend_gives_what_the_definition_gives(case, steps, q_len, mask_kind, kernel_device):
     check(case, steps, q_len, mask_kind, kernel_device)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_the_ring_is_cut_into_any_number_of_shares(monkeypatch, parts, q_len, kernel_device):
+    monkeypatch.setattr(decode_plan, "window_parts", lambda programs, ring_rows, slots: parts)
+    check(Case(group_size=128, coded_window=True, dtype=HALF), (290,), q_len, "bool", kernel_device)
+
+
+def test_shares_of_the_ring_are_fewer_where_programs_are_enough():
+    assert [decode_plan.window_parts(programs, 160, 1584) for programs in (8, 528, 700, 1000, 9000)] == [3, 3, 2, 1, 1]
+    assert decode_plan.window_parts(torch.SymInt, 160, 1584) == 3 and decode_plan.window_parts(8, 32, 1584) == 1
 
 
 @pytest.mark.gpu
