@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.tables.markdown import Row, count, groups, number, table
 
-OPTIONAL = {"bits_8k": "bits at 8k tokens", "kl_p99": "KL, 99 % of positions below"}
+OPTIONAL = {"bits_8k": "bits at 8k tokens", "kl_p99": "KL, 99 % of positions below", "lines": "lines found"}
 """Columns that older results files lack -> their heading."""
 
 
@@ -30,12 +30,16 @@ def variants(rows: Sequence[Row]) -> str:
                 f"{_nat(row['kl_low'])} to {_nat(row['kl_high'])}",
                 number(row["top1"], "{:.3f}"),
                 number(row["perplexity_ratio"], "{:.3f}"),
-                *(number(row.get(column), "{:.2f}") for column in optional),
+                *(_optional(row, column) for column in optional),
             ]
             for row in group
         ]
         parts.append(f"{title}\n\n{table(columns, cells)}")
     return "\n\n".join(parts)
+
+
+def _optional(row: Row, column: str) -> str:
+    return row.get(column, "") if column == "lines" else number(row.get(column), "{:.2f}")
 
 
 def _nat(text: str) -> str:

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 import ottfx
+from ottfx.api import MOST_GRAPHS
 from ottfx.cache_state import CacheHalf
 from ottfx.kv_tensor import KVTensor
 
@@ -226,3 +227,18 @@ def test_schemes_with_codes_of_their_own_generate(scheme, options, bits):
         want = reference(ids[:, 140:], past_key_values=dense).logits
         got = twin(ids[:, 140:], past_key_values=cache).logits
     assert relative_error(got, want) < 1e-4
+
+
+def test_a_sliding_model_never_runs_uncompiled():
+    """Prompts, chunks and steps around the end of a window: torch gives up a forward after its limit of graphs."""
+    model = tiny_model("gemma3", sliding_window=64)
+    ottfx.compile(model, bits=2, lower="eager")
+    with torch.no_grad():
+        for length in (1, 20, 63):
+            for chunks in ((1, 1), (50, 1, 3), (100, 1)):
+                cache = DynamicCache(config=model.config)
+                for tokens in (length, *chunks):
+                    model(random_tokens(1, tokens), past_key_values=cache)
+                    # Uncompiled, the layer would hold a dense tensor behind the handle, or warn that it was dequantized.
+                    assert cache.layers[1].keys.payload.tail is None
+    assert torch._dynamo.config.recompile_limit < unique_graphs() <= MOST_GRAPHS
