@@ -38,6 +38,11 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
     "memory": (models.memory, "python -m benchmarks.memory"),
     "artifact": (models.artifact, "python -m benchmarks.artifact"),
     "quality": (quality.variants, "python -m benchmarks.quality"),
+    "quality-schemes": (
+        quality.variants,
+        "ottfx eval --schemes kivi,ott,ott+,turbo,polar,polar_pairs,qjl --bits 2,3,4`, also with `--model gemma3-270m",
+    ),
+    "quality-parts": (quality.variants, "ottfx eval --schemes ott+ --bits 2 --vary mixed_keys=False --vary ..."),
     "quality-spread": (quality.spread, "python -m benchmarks.quality"),
 }
 """Name -> (what makes it of rows, the command that measures them)."""

@@ -239,6 +239,6 @@ def test_a_sliding_model_never_runs_uncompiled():
                 cache = DynamicCache(config=model.config)
                 for tokens in (length, *chunks):
                     model(random_tokens(1, tokens), past_key_values=cache)
-                    # Uncompiled, the layer would hold a dense tensor behind the handle, or warn that it was dequantized.
+                    # Uncompiled, it would hold a dense tail, or warn that it was dequantized.
                     assert cache.layers[1].keys.payload.tail is None
     assert torch._dynamo.config.recompile_limit < unique_graphs() <= MOST_GRAPHS
