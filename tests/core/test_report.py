@@ -42,7 +42,8 @@ def test_committed_tables_are_those_of_the_results_files():
 
 def test_readme_has_the_headline_tables():
     text = (report.ROOT / "README.md").read_text()
-    assert {match["table"] for match in report.BEGIN.finditer(text)} >= {"quality-schemes", "memory", "attention-headline"}
+    tables = {match["table"] for match in report.BEGIN.finditer(text)}
+    assert tables >= {"quality-schemes", "memory", "attention-headline"}
 
 
 def test_a_block_gets_the_table_its_conditions_and_a_link(root):
