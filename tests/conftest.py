@@ -56,7 +56,7 @@ def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = tiny_model("llama", num_hidden_layers=1, vocab_size=256).to(device)
     path = tmp_path_factory.mktemp("artifact") / "tiny.pt2"
-    return ottfx.export(model, path, bits=2, exempt_layers=(), tokenizer=byte_tokenizer())
+    return ottfx.export(model, path, bits=2, scheme="ott", exempt_layers=(), tokenizer=byte_tokenizer())
 
 
 @pytest.fixture

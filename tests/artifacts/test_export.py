@@ -31,7 +31,7 @@ def program(tiny_artifact):
 def definition(program):
     """The same programs, run node by node."""
     model = tiny_model("llama", num_hidden_layers=1, vocab_size=256).to(program.device)
-    config = make_config("ott+", **OPTIONS)
+    config = make_config("ott", **OPTIONS)
     return {kind.name: flat_program(model, call_transformers, kind, config).gm for kind in KINDS}
 
 
@@ -74,7 +74,10 @@ def test_programs_equal_their_definition_for_any_size(program, definition, batch
 def test_long_generation_follows_the_compiled_model(program, batch_size, length, padding):
     tokens, mask = padded(program, batch_size, length + 256, padding)
     model = ottfx.compile(
-        tiny_model("llama", num_hidden_layers=1, vocab_size=256).to(program.device), lower="eager", **OPTIONS
+        tiny_model("llama", num_hidden_layers=1, vocab_size=256).to(program.device),
+        lower="eager",
+        scheme="ott",
+        **OPTIONS,
     )
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, past, start = program.new_cache(batch_size), None, 0
