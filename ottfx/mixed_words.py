@@ -37,8 +37,10 @@ def _of_halves(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
     return (torch.full_like(place, table) >> (4 * place)) & 15, half
 
 
-def _widths(device: torch.device) -> Tensor:
-    return _of_halves(HALF_WIDTHS, device)[0]
+def _highest_codes(device: torch.device) -> Tensor:
+    # int64 [ELEMENTS]: the highest code of each element, which is also the mask of its bits.
+    width = _of_halves(HALF_WIDTHS, device)[0]
+    return (torch.ones_like(width) << width) - 1
 
 
 def _positions(device: torch.device) -> Tensor:
@@ -48,8 +50,7 @@ def _positions(device: torch.device) -> Tensor:
 
 def channel_levels(head_dim: int, device: torch.device) -> Tensor:
     """Return the highest code of each stored channel, float32 [head_dim]."""
-    levels = (torch.ones_like(_widths(device)) << _widths(device)) - 1
-    return levels.float().repeat(head_dim // ELEMENTS)
+    return _highest_codes(device).float().repeat(head_dim // ELEMENTS)
 
 
 def order_channels(spread: Tensor) -> Tensor:
@@ -92,6 +93,5 @@ def pack_mixed(codes: Tensor) -> Tensor:
 def unpack_mixed(words: Tensor, rows: int, contraction: int) -> Tensor:
     """Unpack pages of words, the inverse of `pack_mixed`: uint8 [..., rows, contraction]."""
     grid = words.unflatten(-1, (contraction // ELEMENTS, rows)).transpose(-1, -2).unsqueeze(-1)
-    shift, width = _positions(words.device).int(), _widths(words.device).int()
-    mask = (torch.ones_like(width) << width) - 1
+    shift, mask = _positions(words.device).int(), _highest_codes(words.device).int()
     return ((grid >> shift) & mask).to(torch.uint8).flatten(-2)

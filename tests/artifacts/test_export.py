@@ -206,7 +206,7 @@ class Module(nn.Module):
         (lambda: tiny_model("llama"), {"weights": "nowhere"}, r"weights must be one of \['inside', 'external'\]"),
         (lambda: tiny_model("llama"), {"format": "onnx"}, r"format must be one of \['aoti', 'exported'\]"),
         (lambda: tiny_model("llama"), {"bits": 5}, "bits must be one of"),
-        (lambda: tiny_model("llama"), {"colour": 1}, r"options of scheme .ott\+. must be among"),
+        (lambda: tiny_model("llama"), {"colour": 1}, r"options of scheme 'ott\+' must be among"),
         (plain_decoder, {}, "call must be given"),
         (lambda: "gpt2", {}, "must be a torch.nn.Module. Got str"),
         (lambda: nn.ModuleList([Module(), Module().to("meta")]), {"call": call_transformers}, "on one device. Got"),
