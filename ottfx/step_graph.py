@@ -2,8 +2,9 @@
 
 A CUDA graph knows addresses. So arguments that come at new addresses in each step are copied into buffers; weights and
 packed storage stay where they are, and a recording holds for one set of their addresses. The first step at new
-addresses runs as it is (it compiles kernels), the second is recorded and replayed, later ones are replayed: whatever
-happens, a step runs once.
+addresses runs as it is (it compiles kernels), the second is recorded and replayed, later ones are replayed. Where a
+recorded cache has only grown, kernels are there already, and its first step is recorded. Whatever happens, a step runs
+once.
 """
 
 from __future__ import annotations
@@ -109,14 +110,16 @@ RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}
 class _Step:
     """Buffers and, once it is recorded, the recording for one set of addresses."""
 
-    __slots__ = ("buffers", "is_warm", "numbers", "recorder", "storages", "weights")
+    __slots__ = ("buffers", "has_run", "is_due", "numbers", "recorder", "storages", "weights")
 
     def __init__(self, numbers: list[int], weights: list[int], buffers: list[tuple[int, Tensor]]) -> None:
         self.numbers = numbers
         self.weights = weights
         self.buffers = buffers
         self.storages: list[object] = []
-        self.is_warm = False
+        self.has_run = False
+        self.is_due = False
+        """Whether the next call is to be recorded."""
         self.recorder: Recorder | None = None
 
 
@@ -175,16 +178,18 @@ class StepGraph:
         step = self._last
         if step is None or step.numbers != numbers or step.weights != weights or step.storages != storages:
             self._put(state(), arguments)
+            has_grown = step is not None and step.recorder is not None and step.numbers != numbers
             step = self._last = self._find(arguments, numbers, weights)
             step.storages = storages
+            step.is_due = step.is_due or has_grown
         for i, buffer in step.buffers:
             _copy(arguments[i], buffer, self._widened[i])
         if step.recorder is None:
             self._put(state(), arguments)
             for i, buffer in step.buffers:
                 arguments[i] = buffer
-            if not step.is_warm or not self._is_recordable or not self._record(step, arguments):
-                step.is_warm = True
+            if not (step.is_due and self._is_recordable and self._record(step, arguments)):
+                step.is_due = step.has_run = True
                 counters["warmups"] += 1
                 return _own(self._inner(*arguments))
         assert step.recorder is not None
@@ -222,6 +227,9 @@ class StepGraph:
         try:
             recorder.record(lambda: self._inner(*arguments))
         except RuntimeError as error:
+            if not step.has_run:
+                log.debug("a step of a grown cache could not be recorded at once: %s", error)
+                return False
             self._is_recordable = False
             counters["refusals"] += 1
             log.warning("ottfx: a decode step could not be recorded and runs as without a mode: %s", error)

@@ -41,7 +41,7 @@ def test_same_tokens_through_growth(family, scheme, padded):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     # 519 tokens: room for 256, then 384, 512 and 640. Addresses may happen to be those of the short run.
     assert 3 <= counters["recordings"] <= 4 and counters["refusals"] == 0
-    assert counters["replays"] + counters["warmups"] == 419 and counters["warmups"] <= 4
+    assert counters["replays"] + counters["warmups"] == 419 and counters["warmups"] <= 1
     errors = [(a - b).norm() / b.norm() for a, b in zip(got.logits[:100], want.logits[:100], strict=True)]
     assert max(errors) < 0.02
     if scheme == "none":
