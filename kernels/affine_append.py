@@ -13,6 +13,7 @@ from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.key_order import order_channels
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2, row_strides
+from ottfx.kernels.rotate import rotate
 
 PAGE = 128
 STRIP = 16
@@ -62,6 +63,7 @@ def append(
     replacement: str = "rest",
     mask_replaced: bool = True,
     range_search: bool = False,
+    rotate_values: bool = False,
 ) -> None:
     """Store new tokens and pack what became due: the section *append* of docs/storage.md, without a host sync.
 
@@ -102,9 +104,14 @@ def append(
         replacement: "rest" or "group": whose mean stands in an outlier's slot.
         mask_replaced: whether such slots are marked as not attended.
         range_search: whether grids may be narrower than the range of their group.
+        rotate_values: whether values are stored rotated (`ottfx/rotation.py`).
     """
     key, value = dense_rows(key), dense_rows(value)
     batch_size, num_kv_heads, q_len, head_dim = key.shape
+    # A step whose token goes to the ring, and is not packed at once, rotates it on the way.
+    rotates_row = rotate_values and at_most(q_len, 1) and min(key_window, value_window) > 0
+    if rotate_values and not rotates_row:
+        value = rotate(value, False, value.dtype)
     ring = key_residual.shape[2]
     chunk = channel_chunk(head_dim)
     traces = outlier_capacity > 0 and outlier_key is not None
@@ -154,7 +161,10 @@ def append(
     }
     if value_zero_point is None:
         value_zero_point = value_scale
-    if key_order is not None:
+    # The encoder needs the order; without it, the selection of outliers decides the order in the same launch.
+    orders_apart = key_order is not None and (encodes or not traces)
+    if orders_apart:
+        assert key_order is not None
         order_channels(common, key_order, key_window, key_step)
     if encodes:
         _encode(
@@ -177,6 +187,9 @@ def append(
             "SPILL": outlier_key.shape[2] - outlier_capacity,
             "BLOCK_SEATS": max(next_power_of_2(outlier_capacity), 4),
             "NORM": score_norm,
+            "key_order_ptr": codes["key_order_ptr"],
+            "ORDERS": key_order is not None and not orders_apart,
+            "BLOCK_D": next_power_of_2(head_dim),
         }
         grid = (torch.sym_min(batch_size * num_kv_heads, MOST_SELECTING),)
         launch(_select_outliers_kernel, grid, arguments, num_warps=4, num_stages=1)
@@ -208,6 +221,7 @@ def append(
             "WRITE_BACK": not one_schedule,
             "KEY_PARTS": key_parts,
             "VALUE_PARTS": value_parts,
+            "ROTATED": head_dim & -head_dim if rotates_row else 1,
             "BLOCK_HALF": next_power_of_2(head_dim // 2),
             "BLOCK_D": next_power_of_2(head_dim),
             "RING_ROWS": RING_ROWS,

@@ -10,8 +10,9 @@ from torch import Tensor
 from ottfx.kernels.affine_combine import combine
 from ottfx.kernels.affine_decode import _decode_kernel
 from ottfx.kernels.affine_split import _attend_kernel
-from ottfx.kernels.decode_plan import K_WIDTH, MOST_ROWS, TILE, combine_channels, decode_plan
+from ottfx.kernels.decode_plan import K_WIDTH, MOST_ROWS, TILE, decode_plan
 from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, next_power_of_2, row_strides
+from ottfx.kernels.rotate import NO_SEED, rotate
 
 PAGE = 128
 HALVES = (torch.float16, torch.bfloat16)
@@ -42,7 +43,7 @@ def attend(
     value_residual_scale: Tensor | None = None,
     key_bits: int,
     value_bits: int,
-    result_dtype: torch.dtype | None = None,
+    rotate_values: bool = False,
 ) -> Tensor:
     """Attend over stored and new tokens: the section *attend* of docs/storage.md, without a host sync.
 
@@ -74,7 +75,7 @@ def attend(
         value_residual_scale: see `key_residual_scale`.
         key_bits: width of a key code: 2, 3, 4 or 8.
         value_bits: width of a value code.
-        result_dtype: of the result; that of `query` if None.
+        rotate_values: whether stored values are rotated (`ottfx/rotation.py`); new ones and the result are not.
 
     Returns:
         Shape of `query`, contiguous. A query that may attend to nothing gives 0.
@@ -86,8 +87,12 @@ def attend(
     rows = q_len * queries_per_kv
     pool_rows = 0 if outlier_key is None else outlier_key.shape[2]
     additive = mask is not None and mask.is_floating_point()
-    result_dtype = result_dtype or query.dtype
-    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=result_dtype, device=query.device)
+    decodes = query.dtype in HALVES and value_scale.shape[3] == 1 and at_most(rows, MOST_ROWS) and not additive
+    # The value of one new token need not be rotated: it joins what was rotated back.
+    new_apart = rotate_values and decodes and at_most(q_len, 1)
+    if rotate_values and not new_apart:
+        value = rotate(value, False, value.dtype)
+    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
     arguments: dict[str, Any] = {
         "query_ptr": query,
         "key_ptr": key,
@@ -125,7 +130,7 @@ def attend(
         "GROUP": PAGE // key_scale.shape[3],
         "POOL_ROWS": pool_rows,
     }
-    if query.dtype in HALVES and value_scale.shape[3] == 1 and at_most(rows, MOST_ROWS) and not additive:
+    if decodes:
         plan = decode_plan(
             pairs=batch_size * num_kv_heads,
             num_kv_heads=num_kv_heads,
@@ -144,12 +149,14 @@ def attend(
             "TILE": TILE,
             "BLOCK_D": plan.block_d,
             "WINDOW_PARTS": plan.window_parts,
+            "NEW_APART": new_apart,
             # With a pool both halves are packed by whole groups (docs/storage.md).
             "WHOLE_TILES": outlier_key is not None and arguments["GROUP"] % TILE == 0,
             "K_WIDTH": K_WIDTH,
         }
         kernel, num_warps, max_registers = _decode_kernel, 1, plan.max_registers
-        splits, most_splits, extra, row_blocks = plan.splits, plan.most_splits, plan.window_parts, plan.row_blocks
+        splits, most_splits, row_blocks = plan.splits, plan.most_splits, plan.row_blocks
+        extra = plan.window_parts + new_apart
     else:
         exact = query.dtype == torch.float32
         block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
@@ -173,11 +180,11 @@ def attend(
     log_sum = torch.empty((all_rows, parts), dtype=torch.float32, device=query.device)
     arguments |= {"partial_ptr": partial, "log_sum_ptr": log_sum, "splits": splits}
     # More stages would send the words through shared memory.
-    launch(kernel, (batch_size * num_kv_heads, parts, row_blocks), arguments, num_warps, 1, max_registers)
-    block_parts = next_power_of_2(most_splits + extra)
+    grid = (batch_size * num_kv_heads, parts - new_apart, row_blocks)
+    launch(kernel, grid, arguments, num_warps, 1, max_registers)
     combine(
-        partial, log_sum, output, parts=parts, queries_per_kv=queries_per_kv, block_parts=block_parts,
-        block_d=combine_channels(block_parts, head_dim),
+        partial, log_sum, output, parts=parts, most_parts=most_splits + extra, queries_per_kv=queries_per_kv,
+        rotation=NO_SEED.value if rotate_values else None, new_value=value if new_apart else None,
     )  # fmt: skip
     return output
 

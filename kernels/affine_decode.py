@@ -1,7 +1,8 @@
 """Kernel of attention for a few query rows over paged affine storage (docs/storage.md).
 
 Programs `0 .. splits - 1` of a (sequence, kv head) share the packed tokens, the WINDOW_PARTS behind them what is in
-full precision; each leaves a part for `ottfx/kernels/affine_combine.py`.
+full precision; each leaves a part for `ottfx/kernels/affine_combine.py`. With NEW_APART the one new token is a part of
+its own, of which the last of them leaves the weight: its value is not rotated as the others are.
 """
 
 import triton
@@ -31,7 +32,7 @@ def _decode_kernel(
     NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr,
     POOL_ROWS: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr,
     WHOLE_TILES: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes a Python float as fp64, and an integer without a known bound as int64.
@@ -52,7 +53,7 @@ def _decode_kernel(
         column = column * 0
     else:
         live_columns = column < rows
-    slot = (pair * rows + column) * (splits + WINDOW_PARTS) + split
+    slot = (pair * rows + column) * (splits + WINDOW_PARTS + NEW_APART) + split
     query_token = (column // QUERIES_PER_KV).to(tl.int64)
     query_head = head * QUERIES_PER_KV + column % QUERIES_PER_KV
     query_offset = batch * stride_query_batch + query_head * stride_query_head + query_token * stride_query_token
@@ -83,7 +84,7 @@ def _decode_kernel(
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
-            HEAD_DIM, CAPACITY, POOL_ROWS, MASK, COLUMNS, BLOCK_D, WINDOW_PARTS,
+            HEAD_DIM, CAPACITY, POOL_ROWS, MASK, COLUMNS, BLOCK_D, WINDOW_PARTS, NEW_APART,
         )  # fmt: skip
     else:
         attend_window(
@@ -93,5 +94,5 @@ def _decode_kernel(
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
-            HEAD_DIM, CAPACITY, POOL_ROWS, MASK, COLUMNS, BLOCK_D, WINDOW_PARTS,
+            HEAD_DIM, CAPACITY, POOL_ROWS, MASK, COLUMNS, BLOCK_D, WINDOW_PARTS, NEW_APART,
         )  # fmt: skip

@@ -6,6 +6,7 @@ The rules are in docs/storage.md, `Outlier pool`.
 import triton
 import triton.language as tl
 
+from ottfx.kernels.key_order import order_head
 from ottfx.kernels.packing import PAGE, make_finite
 from ottfx.kernels.window import load_real, load_tokens, packed_end
 
@@ -205,12 +206,13 @@ def _select_outliers_kernel(
     key_ptr, value_ptr, valid_ptr, lengths_ptr, key_residual_ptr, key_row_scale_ptr, value_residual_ptr,
     value_row_scale_ptr, residual_valid_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, value_outlier_position_ptr, spill_count_ptr, replaced_ptr,
-    score_ptr, hard_ptr,
+    score_ptr, hard_ptr, key_order_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     site, q_len, flags_per_head, most_pages, pairs,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, GROUP: tl.constexpr,
     WINDOW: tl.constexpr, STEP: tl.constexpr, SEATS: tl.constexpr, SPILL: tl.constexpr, BLOCK_SEATS: tl.constexpr,
-    NORM: tl.constexpr, HAS_VALID: tl.constexpr, ENCODED: tl.constexpr, CHUNK: tl.constexpr,
+    NORM: tl.constexpr, HAS_VALID: tl.constexpr, ENCODED: tl.constexpr, ORDERS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pairs = tl.cast(q_len, tl.int32), tl.cast(pairs, tl.int32)
@@ -223,6 +225,12 @@ def _select_outliers_kernel(
         pair = tl.cast(index, tl.int64)
         batch = pair // NUM_KV_HEADS
         head = pair % NUM_KV_HEADS
+        if ORDERS:
+            order_head(
+                pair, batch, head, key_ptr, valid_ptr, key_residual_ptr, key_row_scale_ptr, residual_valid_ptr,
+                key_order_ptr, stride_key_batch, stride_key_head, stride_key_token, q_len, past, key_packed, key_end,
+                HEAD_DIM, CAPACITY, GROUP, WINDOW, HAS_VALID, BLOCK_D,
+            )  # fmt: skip
         _select_in_head(
             pair,
             key_ptr + batch * stride_key_batch + head * stride_key_head,

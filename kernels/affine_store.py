@@ -5,6 +5,7 @@ import triton.language as tl
 
 from ottfx.kernels.affine_pack import pack_key_page, pack_value_strip
 from ottfx.kernels.packing import PAGE, load_key_code
+from ottfx.kernels.rotate import NO_SEED, rotate_rows
 from ottfx.kernels.window import encode_rows, packed_end
 
 
@@ -74,7 +75,7 @@ def _write_ring_row(
     value_row_scale_ptr, residual_valid_ptr,
     stride_key_batch, stride_key_head, stride_value_batch, stride_value_head,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
-    BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
+    ROTATED: tl.constexpr, BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
 ):  # fmt: skip
     # The one new token of RING_ROWS (sequence, kv head)s.
     pair = block.to(tl.int64) * RING_ROWS + tl.arange(0, RING_ROWS)
@@ -86,6 +87,8 @@ def _write_ring_row(
     key = tl.load(key_ptr + (batch * stride_key_batch + head * stride_key_head)[:, None] + channel, mask=live, other=0)
     offset = (batch * stride_value_batch + head * stride_value_head)[:, None] + channel
     value = tl.load(value_ptr + offset, mask=live, other=0)
+    if ROTATED > 1:
+        value = rotate_rows(value.to(tl.float32), ROTATED, NO_SEED, RING_ROWS, BLOCK_D).to(value.dtype)
     row = pair * CAPACITY + past % CAPACITY
     if key_residual_ptr.dtype.element_ty == tl.int8:
         key, key_row_scale = encode_rows(key)
@@ -131,7 +134,8 @@ def _store_tokens_kernel(
     HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
     WRITE_BACK: tl.constexpr, ONE_TOKEN: tl.constexpr, ENCODED: tl.constexpr,
     KEY_PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr, RING_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, ROTATED: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    RING_ROWS: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pages, pairs = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(pairs, tl.int32)
@@ -155,7 +159,7 @@ def _store_tokens_kernel(
                 tl.cast(block, tl.int32), pairs, past, key_ptr, value_ptr, valid_ptr, key_residual_ptr,
                 key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr, residual_valid_ptr,
                 stride_key_batch, stride_key_head, stride_value_batch, stride_value_head,
-                NUM_KV_HEADS, HEAD_DIM, CAPACITY, HAS_VALID, BLOCK_D, RING_ROWS,
+                NUM_KV_HEADS, HEAD_DIM, CAPACITY, HAS_VALID, ROTATED, BLOCK_D, RING_ROWS,
             )  # fmt: skip
     for work in tl.range(tl.program_id(0), pairs * items, tl.num_programs(0)):
         pair = (work // items).to(tl.int64)

@@ -25,8 +25,6 @@ WINDOW_SHARE = 64
 """Tokens of the ring that a program reads, or more where there are programs enough without."""
 TILES_OF_OVERHEAD = 2
 """What starting a program and joining its part cost, in tiles of work."""
-MOST_COMBINED = 8192
-"""Numbers that a program of the combination holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,8 +111,3 @@ def window_parts(programs: Any, ring_rows: int, slots: int) -> int:
     if not isinstance(programs, int):
         return shares
     return max(1, min(shares, slots // programs))
-
-
-def combine_channels(parts: int, head_dim: int) -> int:
-    """Return how many channels a program combines at once, a power of two: what fits its registers."""
-    return min(max(MOST_COMBINED // parts, 16), next_power_of_2(head_dim))

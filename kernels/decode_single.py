@@ -7,7 +7,7 @@ float32. Loads of the next rows are under way while these are worked on.
 import triton
 import triton.language as tl
 
-from ottfx.kernels.decode_window import NOTHING_SEEN, store_part, window_share
+from ottfx.kernels.decode_window import LN_2, NOTHING_SEEN, store_part, window_share
 
 ROWS = tl.constexpr(8)
 """Tokens of a step: with 16 the registers do not hold those of the next step as well."""
@@ -62,7 +62,7 @@ def attend_window_once(
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_token,
     HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr, MASK: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr,
 ):  # fmt: skip
     """`attend_window` for one query row, which stands in all columns."""
     channel = tl.arange(0, BLOCK_D)
@@ -109,14 +109,24 @@ def attend_window_once(
             row_max, row_sum, acc = _attend_rows(
                 query, pool_key, pool_value, key_ones, value_ones, seen, score_factor, row_max, row_sum, acc
             )
-        new_key, new_value, new_ones, more_ones, is_new = _load_rows(
-            key_ptr + batch * stride_key_batch + head * stride_key_head, key_row_scale_ptr, stride_key_token,
-            value_ptr + batch * stride_value_batch + head * stride_value_head, value_row_scale_ptr,
-            stride_value_token, step, step < q_len, past + step, mask_ptr, stride_mask_token, channel, HEAD_DIM, MASK,
-        )  # fmt: skip
-        row_max, row_sum, acc = _attend_rows(
-            query, new_key, new_value, new_ones, more_ones, is_new, score_factor, row_max, row_sum, acc
-        )
+        key_ptr += batch * stride_key_batch + head * stride_key_head
+        if NEW_APART:
+            new_key = tl.load(key_ptr + channel, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
+            score = tl.sum(new_key * query, axis=0) * (score_factor * LN_2)
+            if MASK:
+                is_seen = tl.load(mask_ptr + past.to(tl.int64) * stride_mask_token) != 0
+                score = tl.where(is_seen, score, float("-inf"))
+            tl.store(log_sum_ptr + slot + 1, tl.zeros([COLUMNS], tl.float32) + score, mask=live_columns)
+        else:
+            new_key, new_value, new_ones, more_ones, is_new = _load_rows(
+                key_ptr, key_row_scale_ptr, stride_key_token,
+                value_ptr + batch * stride_value_batch + head * stride_value_head, value_row_scale_ptr,
+                stride_value_token, step, step < q_len, past + step,
+                mask_ptr, stride_mask_token, channel, HEAD_DIM, MASK,
+            )  # fmt: skip
+            row_max, row_sum, acc = _attend_rows(
+                query, new_key, new_value, new_ones, more_ones, is_new, score_factor, row_max, row_sum, acc
+            )
     # In column 0; the other columns are not live.
     result = tl.broadcast_to(tl.sum(acc, axis=0)[:, None], [BLOCK_D, COLUMNS])
     total = tl.zeros([COLUMNS], tl.float32) + tl.sum(row_sum, axis=0)

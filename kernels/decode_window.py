@@ -32,6 +32,24 @@ def store_part(
 
 
 @triton.jit
+def _score_dense(
+    query, key_ptr, key_row_scale_ptr, stride_key_token, row, live, column, mask_ptr, stride_mask_token, mask_offset,
+    live_columns, score_factor, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    # Scores of DENSE_TILE tokens [DENSE_TILE, COLUMNS], base 2, -inf where a query does not see one.
+    channel = tl.arange(0, BLOCK_D)
+    in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
+    # [DENSE_TILE, BLOCK_D]
+    key = load_rows(key_ptr, key_row_scale_ptr, row[:, None] * stride_key_token + channel[None, :], row, in_row, live)
+    scores = tl.dot(key.to(query.dtype), query) * score_factor
+    seen = live[:, None] & live_columns[None, :]
+    if MASK:
+        entry = mask_ptr + column.to(tl.int64)[:, None] * stride_mask_token + mask_offset[None, :]
+        seen = seen & (tl.load(entry, mask=seen, other=0) != 0)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
 def _attend_dense(
     query, key_ptr, key_row_scale_ptr, stride_key_token, value_ptr, value_row_scale_ptr, stride_value_token,
     row, live, column,
@@ -41,17 +59,14 @@ def _attend_dense(
     # One step over DENSE_TILE tokens in full precision; query [BLOCK_D, COLUMNS], acc [BLOCK_D, COLUMNS].
     channel = tl.arange(0, BLOCK_D)
     in_row = live[:, None] & (channel < HEAD_DIM)[None, :]
+    scores = _score_dense(
+        query, key_ptr, key_row_scale_ptr, stride_key_token, row, live, column, mask_ptr, stride_mask_token,
+        mask_offset, live_columns, score_factor, HEAD_DIM, BLOCK_D, MASK,
+    )  # fmt: skip
     # [DENSE_TILE, BLOCK_D]
-    key = load_rows(key_ptr, key_row_scale_ptr, row[:, None] * stride_key_token + channel[None, :], row, in_row, live)
     value = load_rows(
         value_ptr, value_row_scale_ptr, row[:, None] * stride_value_token + channel[None, :], row, in_row, live
     )
-    scores = tl.dot(key.to(query.dtype), query) * score_factor
-    seen = live[:, None] & live_columns[None, :]
-    if MASK:
-        entry = mask_ptr + column.to(tl.int64)[:, None] * stride_mask_token + mask_offset[None, :]
-        seen = seen & (tl.load(entry, mask=seen, other=0) != 0)
-    scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=0))
     weight = tl.exp2(scores - new_max[None, :])
     decay = tl.exp2(row_max - new_max)
@@ -68,9 +83,12 @@ def attend_window(
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_token,
     HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr, MASK: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr,
 ):  # fmt: skip
-    """Attend over one share of the ring, the last part also over pool and new tokens; store it in `slot` [COLUMNS]."""
+    """Attend over one share of the ring, the last part also over pool and new tokens; store it in `slot` [COLUMNS].
+
+    With NEW_APART only the score of the one new token is stored, behind that slot.
+    """
     channel = tl.arange(0, BLOCK_D)
     # [BLOCK_D, COLUMNS]
     query = tl.load(
@@ -108,13 +126,20 @@ def attend_window(
                 HEAD_DIM, BLOCK_D, MASK,
             )  # fmt: skip
         new_key_ptr = key_ptr + batch * stride_key_batch + head * stride_key_head
-        new_value_ptr = value_ptr + batch * stride_value_batch + head * stride_value_head
-        for start in tl.range(0, q_len, DENSE_TILE):
-            token = start + step
-            row_max, row_sum, acc = _attend_dense(
-                query, new_key_ptr, key_row_scale_ptr, stride_key_token, new_value_ptr, value_row_scale_ptr,
-                stride_value_token, token, token < q_len, past + token,
-                mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
-                HEAD_DIM, BLOCK_D, MASK,
+        if NEW_APART:
+            scores = _score_dense(
+                query, new_key_ptr, key_row_scale_ptr, stride_key_token, step, step < q_len, past + step,
+                mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, HEAD_DIM, BLOCK_D, MASK,
             )  # fmt: skip
+            tl.store(log_sum_ptr + slot + 1, tl.max(scores, axis=0) * LN_2, mask=live_columns)
+        else:
+            new_value_ptr = value_ptr + batch * stride_value_batch + head * stride_value_head
+            for start in tl.range(0, q_len, DENSE_TILE):
+                token = start + step
+                row_max, row_sum, acc = _attend_dense(
+                    query, new_key_ptr, key_row_scale_ptr, stride_key_token, new_value_ptr, value_row_scale_ptr,
+                    stride_value_token, token, token < q_len, past + token,
+                    mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
+                    HEAD_DIM, BLOCK_D, MASK,
+                )  # fmt: skip
     store_part(acc, row_max, row_sum, partial_ptr, log_sum_ptr, slot, channel, live_columns, HEAD_DIM)

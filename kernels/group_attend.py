@@ -215,10 +215,7 @@ def _attend(
     grid = (batch_size * num_kv_heads, splits + 1, row_blocks)
     launch(_attend_groups_kernel, grid, arguments, num_warps, num_stages=1)
     output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
-    combine(
-        partial, log_sum, output, parts=splits + 1, queries_per_kv=queries_per_kv,
-        block_parts=next_power_of_2(most_splits + 1), block_d=min(next_power_of_2(head_dim), 128),
-    )  # fmt: skip
+    combine(partial, log_sum, output, parts=splits + 1, most_parts=most_splits + 1, queries_per_kv=queries_per_kv)
     return output
 
 

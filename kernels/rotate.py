@@ -64,6 +64,14 @@ def rotate_rows(x, SIZE: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
     return tl.reshape(x, [ROWS, BLOCK_D])
 
 
+@triton.jit
+def rotate_rows_back(x, SIZE: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Undo `rotate_rows`."""
+    BLOCKS: tl.constexpr = ROWS * BLOCK_D // SIZE
+    x = hadamard(tl.reshape(x, [BLOCKS, SIZE]), BLOCKS, SIZE) * tl.rsqrt(tl.full([1, 1], SIZE, tl.float32))
+    return tl.reshape(x, [ROWS, BLOCK_D]) * rotation_signs(tl.arange(0, BLOCK_D), SIZE, OFFSET)[None, :]
+
+
 @triton.jit(do_not_specialize=["q_len", "blocks"])
 def _rotate_kernel(
     x_ptr, output_ptr, stride_batch, stride_head, stride_token, q_len, blocks,

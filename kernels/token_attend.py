@@ -1,6 +1,6 @@
 """Launchers of attention over storage by tokens (docs/storage.md).
 
-Queries and values of new tokens are rotated first, and the result is rotated back after its parts were combined.
+Queries and values of new tokens are rotated first, and the result is rotated back as its parts are combined.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ottfx.kernels.affine_combine import combine
-from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, next_power_of_2, row_strides
+from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, row_strides
 from ottfx.kernels.polar_codes import level_constants, padded_blocks
-from ottfx.kernels.rotate import rotate
+from ottfx.kernels.rotate import NO_SEED, rotate
 from ottfx.kernels.table_codes import padded_channels, table_constants
 from ottfx.kernels.token_split import _attend_tokens_kernel
 
@@ -186,12 +186,12 @@ def _attend(
     }
     grid = (batch_size * num_kv_heads, splits + 1, row_blocks)
     launch(_attend_tokens_kernel, grid, arguments, num_warps, num_stages=1)
-    rotated = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=torch.float32, device=query.device)
+    output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
     combine(
-        partial, log_sum, rotated, parts=splits + 1, queries_per_kv=queries_per_kv,
-        block_parts=next_power_of_2(most_splits + 1), block_d=min(next_power_of_2(head_dim), 128),
+        partial, log_sum, output, parts=splits + 1, most_parts=most_splits + 1, queries_per_kv=queries_per_kv,
+        rotation=NO_SEED.value if seed_offset is None else seed_offset,
     )  # fmt: skip
-    return rotate(rotated, True, query.dtype, seed_offset)
+    return output
 
 
 def tile_sizes(rows: Any, head_dim: int, bits: int, exact: bool) -> tuple[int, int, int]:

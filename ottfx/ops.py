@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ottfx import affine_cache, affine_read, affine_schedule, cpu_attend
 from ottfx.opaque_call import in_opaque_call, opaque_call
+from ottfx.rotation import rotate, rotate_back
 
 
 def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *, outline: bool = False) -> Any:
@@ -65,11 +66,19 @@ def _bind_outlined(name: str, op: Any, function: Callable[..., Any], mutates: It
 
 
 def affine_append(
-    key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, **state_and_constants: Any
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor,
+    site: int,
+    *,
+    rotate_values: bool = False,
+    **state_and_constants: Any,
 ) -> None:
     """Store new tokens in affine storage; named operands as in `affine_cache.append`.
 
-    `mask` is that of the attention, 4-D, or what `token_validity` makes of it.
+    `mask` is that of the attention, 4-D, or what `token_validity` makes of it. With `rotate_values` values are stored
+    rotated (`ottfx/rotation.py`).
     """
     valid = mask
     if mask is None or mask.dim() == 4:
@@ -77,8 +86,10 @@ def affine_append(
     if key.is_cuda:
         from ottfx.kernels.affine_append import append as launch
 
-        launch(key, value, valid, _row(lengths, site), 0, **state_and_constants)
-    elif in_opaque_call() and not affine_schedule.anything_due(lengths, site, key.shape[2], state_and_constants):
+        launch(key, value, valid, _row(lengths, site), 0, rotate_values=rotate_values, **state_and_constants)
+        return
+    value = rotate(value) if rotate_values else value
+    if in_opaque_call() and not affine_schedule.anything_due(lengths, site, key.shape[2], state_and_constants):
         affine_cache.append_to_ring(key, value, valid, lengths, site, state_and_constants)
     else:
         affine_cache.append(key, value, valid, lengths, site, **state_and_constants)
@@ -93,16 +104,31 @@ def affine_attend(
     site: int,
     past_length: int,
     softmax_scale: float,
+    *,
+    rotate_values: bool = False,
     **state_and_constants: Any,
 ) -> Tensor:
-    """Attend over affine storage and the new tokens; named operands as in `affine_read.attend`."""
+    """Attend over affine storage and the new tokens; named operands as in `affine_read.attend`.
+
+    With `rotate_values` stored values are rotated; the result and those of new tokens are not.
+    """
     if key.is_cuda:
         from ottfx.kernels.affine_attend import attend as launch
 
-        return launch(query, key, value, mask, _row(lengths, site), 0, softmax_scale, **state_and_constants)
+        return launch(
+            query, key, value, mask, _row(lengths, site), 0, softmax_scale, rotate_values=rotate_values,
+            **state_and_constants,
+        )  # fmt: skip
+    if rotate_values:
+        value = rotate(value)
+        state_and_constants["result_dtype"] = torch.float32
     if in_opaque_call() and cpu_attend.takes(query, key, mask, state_and_constants):
-        return cpu_attend.attend(query, key, value, mask, lengths, site, softmax_scale, **state_and_constants)
-    return affine_read.attend(query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants)
+        result = cpu_attend.attend(query, key, value, mask, lengths, site, softmax_scale, **state_and_constants)
+    else:
+        result = affine_read.attend(
+            query, key, value, mask, lengths, site, past_length, softmax_scale, **state_and_constants
+        )
+    return rotate_back(result, query.dtype) if rotate_values else result
 
 
 def _token_validity(mask: Tensor, lengths: Tensor, site: int, key: Tensor) -> Tensor:

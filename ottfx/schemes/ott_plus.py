@@ -12,7 +12,7 @@ from torch import Tensor
 from ottfx.mixed_words import AVERAGE_BITS
 from ottfx.ops import affine_append, affine_attend, bind
 from ottfx.registry import register_scheme
-from ottfx.rotation import rotate, rotate_back
+from ottfx.rotation import rotate_back
 from ottfx.schemes.affine import state_names
 from ottfx.schemes.base import CacheShape, Role, TensorSpec
 from ottfx.schemes.ott import OTT, OTTConfig
@@ -76,7 +76,7 @@ def _append(
     range_search: bool, rotate_values: bool,
 ) -> None:  # fmt: skip
     affine_append(
-        key, rotate(value) if rotate_values else value, mask, lengths, site,
+        key, value, mask, lengths, site,
         key_codes=key_codes, key_scale=key_scale, key_zero_point=key_zero_point, key_residual=key_residual,
         residual_valid=residual_valid,
         value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
@@ -87,7 +87,7 @@ def _append(
         key_bits=key_bits, value_bits=value_bits, group_size=group_size,
         key_window=residual_length, key_step=group_size, value_window=residual_length, value_step=group_size,
         outlier_capacity=outlier_capacity, score_norm=score_norm, replacement=replacement, mask_replaced=mask_replaced,
-        range_search=range_search,
+        range_search=range_search, rotate_values=rotate_values,
     )  # fmt: skip
 
 
@@ -103,18 +103,16 @@ def _attend(
     outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
     range_search: bool, rotate_values: bool,
 ) -> Tensor:  # fmt: skip
-    result = affine_attend(
-        query, key, rotate(value) if rotate_values else value, mask, lengths, site, past_length, softmax_scale,
+    return affine_attend(
+        query, key, value, mask, lengths, site, past_length, softmax_scale,
         key_codes=key_codes, key_scale=key_scale, key_zero_point=key_zero_point, key_residual=key_residual,
         value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
         value_residual=value_residual,
         outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
         key_order=_order(key_order),
         key_residual_scale=present(key_residual_scale), value_residual_scale=present(value_residual_scale),
-        key_bits=key_bits, value_bits=value_bits,
-        result_dtype=torch.float32 if rotate_values else None,
+        key_bits=key_bits, value_bits=value_bits, rotate_values=rotate_values,
     )  # fmt: skip
-    return rotate_back(result, query.dtype) if rotate_values else result
 
 
 def _order(key_order: Tensor) -> Tensor | None:

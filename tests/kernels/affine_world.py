@@ -6,6 +6,7 @@ import torch
 
 from ottfx import affine_cache
 from ottfx.reference import words_per_page
+from ottfx.rotation import rotate
 
 PAGE = 128
 SITE = 1
@@ -38,6 +39,7 @@ class Case:
     range_search: bool = False
     symmetric: bool = False
     coded_window: bool = False
+    rotated: bool = False
     pages: int = 4
     dtype: torch.dtype = torch.float32
 
@@ -126,6 +128,7 @@ class World:
         return torch.tensor([[9, 9, 9], self.lengths])
 
     def append(self, key, value, valid):
+        value = rotate(value) if self.case.rotated else value
         affine_cache.append(key, value, valid, self.lengths_tensor(), SITE, **self.state, **self.case.append_options())
         past = self.lengths[0] + key.shape[2]
         schedule = self.case.schedule()

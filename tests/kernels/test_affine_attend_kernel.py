@@ -4,9 +4,9 @@ import pytest
 import torch
 from affine_world import SITE, Case, World
 
-from ottfx import affine_read
 from ottfx.kernels import decode_plan
 from ottfx.kernels.affine_attend import attend
+from ottfx.ops import affine_attend
 from tests.tolerances import ATTENTION_ERROR
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -25,11 +25,13 @@ SMALL = [
     (Case(dtype=HALF), (), 4, "causal"),
     (Case(dtype=HALF), (140,), 1, "none"),  # codes end within a tile
 ]
-PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3, coded_window=True)
+PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3, coded_window=True, rotated=True)
 SMALL += [
     (Case(**PLUS, head_dim=64, dtype=HALF), (200,), 1, "none"),
     (Case(**PLUS, batch=2, heads=4, kv_heads=2, head_dim=80, group_size=128, dtype=HALF), (40, 250), 2, "bool"),
     (Case(**PLUS, heads=3, dtype=FLOAT), (100, 30), 3, "causal"),
+    (Case(**PLUS, heads=6, kv_heads=2, head_dim=96, dtype=HALF), (100, 30), 1, "bool"),
+    (Case(rotated=True, heads=4, kv_heads=4, dtype=HALF), (), 1, "none"),
     (Case(**PLUS, value_bits=4, value_group_size=16, head_dim=48, dtype=HALF), (90,), 1, "float"),
     (Case(symmetric=True, key_bits=4, value_bits=3, dtype=HALF), (90,), 1, "none"),
 ]
@@ -85,15 +87,16 @@ def run_kernel(world, query, key, value, mask, device):
     state = {name: move(tensor) for name, tensor in world.read_state().items()}
     lengths = move(world.lengths_tensor())
     result = attend(
-        move(query), move(key), move(value), move(mask), lengths, SITE, 0.3, **state, **world.case.read_options()
-    )
+        move(query), move(key), move(value), move(mask), lengths, SITE, 0.3, **state, **world.case.read_options(),
+        rotate_values=world.case.rotated,
+    )  # fmt: skip
     return result.cpu()
 
 
 def run_definition(world, query, key, value, mask):
-    return affine_read.attend(
+    return affine_attend(
         query, key, value, mask, world.lengths_tensor(), SITE, world.lengths[0], 0.3,
-        **world.read_state(), **world.case.read_options(),
+        **world.read_state(), **world.case.read_options(), rotate_values=world.case.rotated,
     )  # fmt: skip
 
 
@@ -139,7 +142,7 @@ def test_attend_over_long_caches(case, steps, q_len, mask_kind, kernel_device):
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_query_that_may_see_nothing_gives_zero(kind, kernel_device):
-    world = World(Case(heads=1, dtype=torch.float16))
+    world = World(Case(heads=1, rotated=True, dtype=torch.float16))
     world.run((100,))
     key, value, _ = world.draw(2)
     mask = torch.ones(1, 1, 2, 102, dtype=torch.bool)

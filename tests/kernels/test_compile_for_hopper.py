@@ -111,7 +111,7 @@ def decode_constants(head_dim, bits, group_size, rows, mask, plus=False):
         "VALUE_BITS": bits[1], "GROUP": group_size, "POOL_ROWS": 35, "MASK": mask, "ONE_MASK": True,
         "SINGLE": plan.single, "COLUMNS": plan.columns, "TILE": TILE, "BLOCK_D": plan.block_d,
         "WINDOW_PARTS": plan.window_parts, "WHOLE_TILES": group_size % TILE == 0, "K_WIDTH": K_WIDTH,
-        "MIXED": plus, "SYMMETRIC": plus,
+        "MIXED": plus, "SYMMETRIC": plus, "NEW_APART": plus,
     }  # fmt: skip
     return constants, plan.max_registers
 
@@ -136,6 +136,7 @@ def store_constants(head_dim, bits, group_size, value_groups, traces, write_back
         "KEY_PARTS": head_dim // channel_chunk(head_dim) if encoded else 1, "VALUE_PARTS": 8 if encoded else 1,
         "CHUNK": channel_chunk(head_dim), "BLOCK_HALF": next_power_of_2(head_dim // 2),
         "BLOCK_D": next_power_of_2(head_dim), "RING_ROWS": 16, "MIXED": plus, "SYMMETRIC": plus, "SEARCH": plus,
+        "ROTATED": head_dim & -head_dim if plus and traces else 1,
     }  # fmt: skip
 
 
@@ -143,7 +144,15 @@ def select_constants(head_dim, group_size, seats, spill, encoded=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "GROUP": group_size, "WINDOW": 32,
         "STEP": group_size, "SEATS": seats, "SPILL": spill, "BLOCK_SEATS": max(4, next_power_of_2(seats)), "NORM": 2,
-        "HAS_VALID": True, "ENCODED": encoded, "CHUNK": channel_chunk(head_dim),
+        "HAS_VALID": True, "ENCODED": encoded, "ORDERS": not encoded, "CHUNK": channel_chunk(head_dim),
+        "BLOCK_D": next_power_of_2(head_dim),
+    }  # fmt: skip
+
+
+def combine_constants(rotated, block_parts=64):
+    return {
+        "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": 128, "SIZE": 128 if rotated else 1, "OFFSET": -1,
+        "NEW_APART": rotated, "BLOCK_PARTS": block_parts, "CHUNK_PARTS": min(block_parts, 64), "BLOCK_D": 128,
     }  # fmt: skip
 
 
@@ -282,9 +291,10 @@ def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, plus
     assert stack_bytes(compile_kernel(_encode_value_pages_kernel, values, "bf16", VALUE_WARPS), tmp_path) <= 16
 
 
-def test_combination_compiles_without_spills(tmp_path):
-    constants = {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}
-    assert stack_bytes(compile_kernel(_combine_kernel, constants, "bf16", 4), tmp_path) == 0
+@pytest.mark.parametrize("rotated, block_parts, num_warps", [(False, 64, 4), (True, 256, 4), (True, 4, 1)])
+def test_combination_compiles_without_spills(rotated, block_parts, num_warps, tmp_path):
+    compiled = compile_kernel(_combine_kernel, combine_constants(rotated, block_parts), "bf16", num_warps)
+    assert stack_bytes(compiled, tmp_path) == 0
 
 
 ORDER = {
@@ -297,7 +307,7 @@ UNKNOWN_BOUNDS = [
     (_rotate_kernel, ROTATE),
     (_select_outliers_kernel, select_constants(128, 128, 3, 32)),
     (_store_tokens_kernel, store_constants(128, (2, 2), 128, 1, True, False)),
-    (_combine_kernel, {"QUERIES_PER_KV": 4, "HEAD_DIM": 128, "BLOCK_PARTS": 64, "BLOCK_D": 128}),
+    (_combine_kernel, combine_constants(True)),
     (_encode_key_pages_kernel, encode_keys_constants(128, 2, 128, True, True)),
     (_encode_value_pages_kernel, encode_values_constants(128, 2, 1, True)),
     pytest.param(_decode_kernel, decode_constants(128, (2, 2), 128, 4, False)[0], marks=pytest.mark.slow),

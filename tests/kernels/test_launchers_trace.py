@@ -35,6 +35,7 @@ OTT = {
     "group_size": 128, "key_window": 32, "key_step": 128, "value_window": 32, "value_step": 128,
     "outlier_capacity": SEATS,
 }  # fmt: skip
+OTT_PLUS = OTT | {"range_search": True, "rotate_values": True}
 KIVI = {"group_size": 32, "key_window": 0, "key_step": RING, "value_window": RING, "value_step": 1}
 
 
@@ -83,12 +84,19 @@ class Trace:
             state[f"outlier_{role}"] = self.empty(KV_HEADS, SEATS + SPILL, HEAD_DIM)
         for name in ("outlier_position", "value_outlier_position"):
             state[name] = self.empty(KV_HEADS, SEATS + SPILL, dtype=torch.int32)
+        if self.options is OTT_PLUS:
+            state["value_zero_point"] = None
+            state["key_order"] = self.empty(KV_HEADS, HEAD_DIM, dtype=torch.int16)
+            for role in ("key", "value"):
+                state[f"{role}_residual"] = self.empty(KV_HEADS, RING, HEAD_DIM, dtype=torch.int8)
+                state[f"{role}_residual_scale"] = self.empty(KV_HEADS, RING)
         return state
 
     @staticmethod
     def call_with(options):
         def call(query, key, value, mask, valid, lengths, state):
             read = {name: tensor for name, tensor in state.items() if name not in NOT_READ}
+            read["rotate_values"] = options.get("rotate_values", False)
             output = attend(query, key, value, mask, lengths, 2, 0.1, **read, key_bits=2, value_bits=2)
             append(key, value, valid, lengths, 2, **state, **options, key_bits=2, value_bits=2)
             return output
@@ -156,12 +164,14 @@ def hopper() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("q_len", [1, None], ids=["decode", "chunk"])
-@pytest.mark.parametrize("options", [OTT, KIVI], ids=["ott", "kivi"])
+@pytest.mark.parametrize("options", [OTT, OTT_PLUS, KIVI], ids=["ott", "ott+", "kivi"])
 def test_launchers_trace_without_guards(options, q_len):
     trace = Trace(options, q_len)
-    # Two to attend. To append: two that encode whole pages, the selection of outliers, one or two stores.
-    appends = {"ott": {1: 2, None: 5}, "kivi": {1: 2, None: 4}}["ott" if options is OTT else "kivi"][q_len]
-    assert len(trace.launches()) == 2 + appends
+    # Two to attend. To append: two that encode whole pages, the selection of outliers, one or two stores. For `ott+` a
+    # step takes no more; a chunk takes two rotations of values, and the order of channels before it is encoded.
+    launches = {"ott": {1: 4, None: 7}, "ott+": {1: 4, None: 10}, "kivi": {1: 4, None: 6}}
+    name = "kivi" if options is KIVI else "ott" if options is OTT else "ott+"
+    assert len(trace.launches()) == launches[name][q_len]
     assert trace.shapes.guards == []
 
 
@@ -172,6 +182,14 @@ def test_kernels_mutate_what_the_operators_declare():
     encoded = {"codes", "scale", "zero_point", "hard"}
     assert names[:4] == [{"partial", "log_sum"}, {"output"}, {*encoded, "score"}, encoded]
     assert names[4:] == [{*POOL, "spill_count", "replaced", "hard"}, stored, stored]
+
+
+def test_a_step_of_ott_plus_orders_channels_as_it_selects_outliers():
+    trace = Trace(OTT_PLUS, 1)
+    names = [trace.mutated(node) for node in trace.launches()]
+    assert names[:3] == [{"partial", "log_sum"}, {"output"}, {*POOL, "spill_count", "replaced", "key_order"}]
+    rows = {"key_row_scale", "value_row_scale"}
+    assert names[3] == {*KEY_STATE, *VALUE_STATE, *rows} - {"value_zero_point"}
 
 
 def test_layers_differ_in_addresses_alone():
