@@ -25,9 +25,10 @@ SCHEMES: dict[str, SchemeConfig] = {
     "ott-2bit-pool3+32": make_config("ott", 2, exempt_layers=()),
     "kivi-2bit": make_config("kivi", 2),
     "ott-2bit-g32-pool3+3": make_config("ott", 2, group_size=32, spill_capacity=3, exempt_layers=()),
+    "ott+-2bit": make_config("ott+", 2),
     "ott-4bit-pool3+3": make_config("ott", 4, spill_capacity=3, exempt_layers=()),
 }
-QUICK_SCHEMES = ("ott-2bit-pool3+3", "kivi-2bit")
+QUICK_SCHEMES = ("ott-2bit-pool3+3", "ott+-2bit", "kivi-2bit")
 # (batch, kv heads, tokens)
 ENCODE = ((8, 8, 32768), (1, 8, 32768), (1, 32, 32768), (64, 8, 128), (1, 8, 128))
 DECODE = ((64, 8, 4096), (64, 32, 4096), (1, 8, 4096))

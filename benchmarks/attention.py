@@ -30,6 +30,8 @@ SHAPES = ("llama-2-7b", "llama-3-8b", "qwen3-8b", "qwen3-32b", "gemma-3-4b", "ll
 WORKLOADS = ("8x32k", "1x128k", "64x4k", "256x1k", "32x32k")
 SWEEP = ("8x1k", "8x2k", "8x4k", "8x8k", "8x16k", "8x64k", "8x128k")
 """Measured on demand: time against length, together with 8x32k (`--only 'llama-3-8b/8x*/q1/[s2]*'`)."""
+SHORT = ("96x352", "640x352")
+"""Large batches of short sequences, measured on demand."""
 QUERY_LENGTHS = (1, 2, 4)
 WIDTHS = (2, 3, 4)
 GROUP_SIZES = (128, 64, 32)
@@ -165,7 +167,7 @@ def compile_one(setting: Setting) -> None:
 def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]:
     """Yield all cases with what they measure, peers before the rows that are compared with them."""
     device = measurement.device
-    shapes, workloads = (("tiny",), ("2x256", "2x512")) if tiny else (SHAPES, (*WORKLOADS, *SWEEP))
+    shapes, workloads = (("tiny",), ("2x256", "2x512")) if tiny else (SHAPES, (*WORKLOADS, *SWEEP, *SHORT))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     peers: Mapping[str, SDPBackend | None] = CPU_PEERS if device == "cpu" else {**PEERS, "flex": None}
     variants = [
@@ -177,7 +179,7 @@ def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]
         heads = heads_of(shape)
         batch_size, length = parse_workload(workload)
         # Shapes with the same heads, and the largest caches, are measured on demand.
-        usual = shape != "qwen3-8b" and workload not in SWEEP and (workload != "32x32k" or heads.num_kv_heads <= 8)
+        usual = shape != "qwen3-8b" and workload not in (*SWEEP, *SHORT) and (workload != "32x32k" or heads.num_kv_heads <= 8)
         grids = workload == workloads[0]
         short = grids and shape in (*QUICK_SHAPES, "tiny") and q_len == 1
         grouped = heads.num_heads != heads.num_kv_heads
