@@ -179,7 +179,11 @@ def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]
         heads = heads_of(shape)
         batch_size, length = parse_workload(workload)
         # Shapes with the same heads, and the largest caches, are measured on demand.
-        usual = shape != "qwen3-8b" and workload not in (*SWEEP, *SHORT) and (workload != "32x32k" or heads.num_kv_heads <= 8)
+        usual = (
+            shape != "qwen3-8b"
+            and workload not in (*SWEEP, *SHORT)
+            and (workload != "32x32k" or heads.num_kv_heads <= 8)
+        )
         grids = workload == workloads[0]
         short = grids and shape in (*QUICK_SHAPES, "tiny") and q_len == 1
         grouped = heads.num_heads != heads.num_kv_heads

@@ -10,7 +10,9 @@ from ottfx.kernels.launch import launch, next_power_of_2
 from ottfx.kernels.rotate import rotate_rows_back
 
 MOST_COMBINED = 8192
-"""Numbers that a program of the combination holds at once."""
+"""Numbers that a program of the combination holds at once, where its rows are cut into blocks of channels."""
+MOST_IN_ROW = 32768
+"""Numbers that it holds where a row is one block: many parts are those of few rows, which wait for each other."""
 ONE_WARP = 1024
 """Numbers that one warp of the combination joins."""
 
@@ -88,7 +90,7 @@ def combine(
     block_parts = next_power_of_2(most_parts)
     # Channels that are rotated together belong to one program.
     block_d = next_power_of_2(head_dim) if rotation is not None else combine_channels(block_parts, head_dim)
-    chunk_parts = min(block_parts, MOST_COMBINED // block_d)
+    chunk_parts = min(block_parts, (MOST_COMBINED if rotation is None else MOST_IN_ROW) // block_d)
     arguments = {
         "partial_ptr": partial,
         "log_sum_ptr": log_sum,
@@ -108,7 +110,8 @@ def combine(
         "CHUNK_PARTS": chunk_parts,
         "BLOCK_D": block_d,
     }
-    num_warps = 1 if chunk_parts * block_d <= ONE_WARP else 4
+    numbers = chunk_parts * block_d
+    num_warps = 1 if numbers <= ONE_WARP else 4 if numbers <= MOST_COMBINED else 16
     launch(_combine_kernel, (partial.shape[0], -(-head_dim // block_d)), arguments, num_warps, num_stages=1)
 
 

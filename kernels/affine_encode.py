@@ -81,8 +81,11 @@ def _encode_key_pages_kernel(
         for start in tl.static_range(0, HEAD_DIM, CHUNK):
             channel = start + tl.arange(0, CHUNK)
             source = stored_channels(order_ptr + pair * HEAD_DIM, channel, MIXED)
+            # Loaded as [CHUNK, PAGE]: the lanes of a warp lie along the first axis where addresses are gathered, and
+            # a thread that holds many tokens of few channels makes few constants.
+            x = tl.load(new_ptr + source[:, None] + row[None, :] * stride_key_token).to(tl.float32)
             # [PAGE, CHUNK]
-            x = tl.load(new_ptr + row[:, None] * stride_key_token + source[None, :]).to(tl.float32)
+            x = tl.trans(x)
             part = tl.sum(tl.abs(x) if NORM == 1 else x * x, axis=1)
             score += part
             # False for NaN. A sum within the bound has no term beyond it, and nothing is clamped.

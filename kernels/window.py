@@ -46,18 +46,18 @@ def load_tokens(
     `new_ptr`, `ring_ptr` and `ring_scale_ptr` point to this (sequence, kv head). Rows not `live` and channels not
     `in_row` give 0.
     """
+    # Loaded as [C, N]: the lanes of a warp lie along the first axis where addresses are gathered, and a thread that
+    # holds many tokens of few channels makes few constants.
     is_new = token >= past
-    new_offset = (token - past).to(tl.int64)[:, None] * stride_new_token + channel[None, :]
-    # [N, C]
-    new = tl.load(new_ptr + new_offset, mask=(live & is_new)[:, None] & in_row[None, :], other=0.0).to(tl.float32)
+    new_offset = channel[:, None] + (token - past).to(tl.int64)[None, :] * stride_new_token
+    new = tl.load(new_ptr + new_offset, mask=in_row[:, None] & (live & is_new)[None, :], other=0.0).to(tl.float32)
     ring_row = token % CAPACITY
     is_old = live & (token < past)
-    # [N, C]
-    old = load_rows(
-        ring_ptr, ring_scale_ptr, ring_row[:, None] * HEAD_DIM + channel[None, :], ring_row,
-        is_old[:, None] & in_row[None, :], is_old,
-    )  # fmt: skip
-    return tl.where(is_new[:, None], new, old)
+    old_offset = channel[:, None] + ring_row[None, :] * HEAD_DIM
+    old = tl.load(ring_ptr + old_offset, mask=in_row[:, None] & is_old[None, :], other=0).to(tl.float32)
+    if ring_ptr.dtype.element_ty == tl.int8:
+        old *= tl.load(ring_scale_ptr + ring_row, mask=is_old, other=0.0).to(tl.float32)[None, :]
+    return tl.trans(tl.where(is_new[None, :], new, old))
 
 
 @triton.jit

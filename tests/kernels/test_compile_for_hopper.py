@@ -152,7 +152,7 @@ def select_constants(head_dim, group_size, seats, spill, encoded=False):
 def combine_constants(rotated, block_parts=64):
     return {
         "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": 128, "SIZE": 128 if rotated else 1, "OFFSET": -1,
-        "NEW_APART": rotated, "BLOCK_PARTS": block_parts, "CHUNK_PARTS": min(block_parts, 64), "BLOCK_D": 128,
+        "NEW_APART": rotated, "BLOCK_PARTS": block_parts, "CHUNK_PARTS": block_parts, "BLOCK_D": 128,
     }  # fmt: skip
 
 
@@ -291,7 +291,7 @@ def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, plus
     assert stack_bytes(compile_kernel(_encode_value_pages_kernel, values, "bf16", VALUE_WARPS), tmp_path) <= 16
 
 
-@pytest.mark.parametrize("rotated, block_parts, num_warps", [(False, 64, 4), (True, 256, 4), (True, 4, 1)])
+@pytest.mark.parametrize("rotated, block_parts, num_warps", [(False, 64, 4), (True, 256, 16), (True, 4, 1)])
 def test_combination_compiles_without_spills(rotated, block_parts, num_warps, tmp_path):
     compiled = compile_kernel(_combine_kernel, combine_constants(rotated, block_parts), "bf16", num_warps)
     assert stack_bytes(compiled, tmp_path) == 0
