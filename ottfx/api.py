@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ottfx.errors import ConfigError, MatchError
 from ottfx.graph_compiler import compile_graph
+from ottfx.kv_tensor import KVTensor
 from ottfx.report import Report
 from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.schemes.base import SchemeConfig
@@ -120,10 +121,7 @@ def explain(
 
 
 def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None, fullgraph: bool) -> Callable[..., Any]:
-    # Checking every module and parameter in each step takes longer than replaying the step.
-    options: dict[str, Any] = {}
-    if settings.records_steps:
-        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    options: dict[str, Any] = {"guard_filter_fn": _worth_checking} if settings.records_steps else {}
 
     # Without these checks nothing else would notice that the model changed between training and evaluation.
     @functools.cache
@@ -143,6 +141,18 @@ def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None,
         return compiled(model.training)(*args, **kwargs)
 
     return call
+
+
+def _worth_checking(guards: Sequence[Any]) -> Sequence[bool]:
+    """Say which guards stay where steps are replayed: checking all of them takes longer than launching a step.
+
+    Those of modules and parameters go: the caller is told that the model is not checked. Those inside a `KVTensor` go
+    as its own imply them: its class says that there is an anchor, which has its batch, heads, dtype and device.
+    """
+    keep = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    handles = [guard.name for guard in guards if isinstance(guard.value, KVTensor)]
+    inside = {f"{handle}.{member}" for handle in handles for member in ("anchor", "__tensor_flatten__()[0]")}
+    return [kept and guard.name not in inside for kept, guard in zip(keep, guards, strict=True)]
 
 
 def _call(call: Callable[..., Any], arguments: Mapping[str, Any] | Sequence[Any]) -> Any:

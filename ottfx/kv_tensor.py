@@ -99,6 +99,11 @@ class KVTensor(torch.Tensor):
     ) -> KVTensor:
         return KVTensor(inner["anchor"], size[2], config)
 
+    @classmethod
+    def __metadata_guard__(cls, traced: SchemeConfig | None, config: SchemeConfig | None) -> bool:
+        # Equal configs are nearly always one object, and comparing all their fields takes longer.
+        return config is traced or config == traced
+
     def dequantize(self) -> Tensor:
         """Return the content, dense, in the logical dtype. In a trace: the op that will."""
         return torch.ops.ottfx.handle_dequantize(self.anchor, self.shape[2])

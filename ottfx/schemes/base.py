@@ -80,6 +80,10 @@ class SchemeConfig:
         """
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SchemeConfig:
+        """Return itself: it never changes, and comparing it with itself is fast."""
+        return self
+
     def describe(self) -> str:
         """One line for reports, such as `ott 2-bit, group 128, residual 32`."""
         fields = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
