@@ -11,6 +11,7 @@ from tiny_models import random_tokens, tiny_model
 from torch.torch_version import TorchVersion
 
 import ottfx
+from ottfx import api
 from ottfx.backend import ott
 from ottfx.graph_compiler import compile_graph
 from ottfx.kv_tensor import KVTensor
@@ -40,6 +41,40 @@ def test_a_cache_keeps_its_scheme_when_the_model_is_compiled_for_another():
         ottfx.compile(model, scheme="ott", **EAGER)
         cache = model(ids[:, :1], past_key_values=cache).past_key_values
     assert cache.layers[0].keys.payload.half.scheme.name == "kivi"
+
+
+def test_a_mode_that_replays_steps_tells_caches_of_other_configs_apart():
+    model, ids, caches = tiny_model("llama"), random_tokens(2, 200), []
+    for bits in (2, 4):
+        ottfx.compile(model, scheme="kivi", bits=bits, **EAGER)
+        with torch.no_grad():
+            caches.append(model(ids).past_key_values)
+    logits = []
+    for mode in (None, "reduce-overhead"):
+        ottfx.compile(model, mode=mode, **EAGER)
+        with torch.no_grad():
+            logits.append([model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits for cache in caches])
+    torch.testing.assert_close(logits[1], logits[0])
+    assert not torch.equal(*logits[1])
+
+
+def test_where_steps_are_replayed_guards_inside_a_handle_are_not_checked(monkeypatch):
+    filtered = []
+    keep = api._worth_checking
+
+    def spy(guards):
+        kept = keep(guards)
+        filtered.append({(guard.name, is_kept) for guard, is_kept in zip(guards, kept, strict=True)})
+        return kept
+
+    monkeypatch.setattr(api, "_worth_checking", spy)
+    model, ids = ottfx.compile(tiny_model("llama"), mode="reduce-overhead", **EAGER), random_tokens(1, 8)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+    inside = [is_kept for name, is_kept in filtered[-1] if ".keys." in name and "layers" in name]
+    handles = [is_kept for name, is_kept in filtered[-1] if name.endswith(".keys") and "layers" in name]
+    assert not any(inside) and all(handles) and len(inside) == 2 * len(handles) > 0
 
 
 @pytest.mark.parametrize(
