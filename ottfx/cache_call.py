@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +83,7 @@ class CacheCall:
     ) -> None:
         self._inner = inner
         self._sites = tuple(sites)
+        self._stored = list({(type(site.scheme), site.config): (site.scheme, site.config) for site in sites}.values())
         self._kept = tuple(kept_arguments)
         placed = list(enumerate(added_inputs, len(self._kept)))
         self._state = [(i, x.row, ROLES.index(x.role), x.name) for i, x in placed if x.kind == "state"]
@@ -93,7 +95,9 @@ class CacheCall:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """Run the graph on Dynamo's arguments."""
         caches = [_open(site, args) for site in self._sites]
-        make_room([(half, cache.past + cache.q_len) for cache in caches for half in cache.halves])
+        halves = [half for cache in caches for half in cache.halves]
+        longest = max([cache.past + cache.q_len for cache in caches])
+        make_room(halves, max([scheme.pages_needed(config, longest) for scheme, config in self._stored]))
         lengths = self._lengths(caches)
         arguments = [args[i] for i in self._kept] + [None] * (len(self._state) + len(self._others))
         for i, added in self._others:
@@ -108,7 +112,7 @@ class CacheCall:
             return [caches[row].halves[half].tensors[name] for _, row, half, name in self._state]
 
         if isinstance(self._inner, StepGraph):
-            results = self._inner(arguments, [half.storage for cache in caches for half in cache.halves], state)
+            results = self._inner(arguments, [half.storage for half in halves], state)
         else:
             for (i, *_), tensor in zip(self._state, state(), strict=True):
                 arguments[i] = tensor
@@ -126,7 +130,8 @@ class CacheCall:
 
     def _lengths(self, caches: list[_Cache]) -> Tensor:
         rows = [(c.past, c.halves[0].packed, c.halves[1].packed, 0) for c in caches]
-        lengths, device = torch.tensor(rows, dtype=torch.int64), self._sites[0].device
+        # `torch.tensor` takes twice as long.
+        lengths, device = torch.from_numpy(np.array(rows, dtype=np.int64)), self._sites[0].device
         # A recorded step copies it into a buffer of its own.
         return near(lengths, device) if isinstance(self._inner, StepGraph) else queue_to(lengths, device)
 
@@ -136,10 +141,11 @@ def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:
     if site.past is None:
         halves = [_allocate(site, role, site.batch_size(args), q_len) for role in ROLES]
         return _Cache(halves=(halves[0], halves[1]), past=0, q_len=q_len)
-    past = [args[i] for i in site.past]
+    key, value = site.past
+    past = args[key], args[value]
     open_halves = _open_already(*past)
     if open_halves is not None:
-        return _Cache(halves=open_halves, past=open_halves[0].high, q_len=q_len)
+        return _Cache(open_halves, open_halves[0].high, q_len)
     lengths = [p.shape[2] for p in past]
     if lengths[0] != lengths[1]:
         raise CacheError(

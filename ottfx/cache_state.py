@@ -23,7 +23,7 @@ class Payload:
         self.half = half
         self.length = length
         self.tail = tail
-        half.readers.add(self)
+        half.readers.add(weakref.ref(self, half.readers.discard))
 
     @property
     def total_length(self) -> int:
@@ -44,7 +44,8 @@ class Payload:
         half = self.half
         if half.high == self.length:
             return half
-        if any(reader.length > self.length for reader in half.readers):
+        live = [reader() for reader in tuple(half.readers)]
+        if any(reader is not None and reader.length > self.length for reader in live):
             half = half.map_batch(torch.clone)
         half.rewind(self.length)
         return half
@@ -59,7 +60,8 @@ class CacheHalf:
         packed: how many of them are codes.
         in_ring: how many of the packed tokens, the newest, the full-precision ring still holds as well. 0 is always
             safe: it is what a half has whose tensors were put together elsewhere.
-        readers: live payloads that look at this half.
+        readers: live payloads that look at this half; a `WeakSet` is slower.
+        no_tokens: an empty tensor `[batch, num_kv_heads, 0, head_dim]`, which handles of this half make theirs like.
         storage: another object whenever `tensors` are others; who knows their addresses can tell by it.
     """
 
@@ -67,6 +69,7 @@ class CacheHalf:
         "config",
         "high",
         "in_ring",
+        "no_tokens",
         "packed",
         "readers",
         "role",
@@ -84,10 +87,13 @@ class CacheHalf:
         self.shape = shape
         self.specs: dict[str, TensorSpec] = scheme.state_spec(config, role, shape)
         self.storage = object()
+        self.no_tokens = torch.empty(
+            (shape.batch_size, shape.num_kv_heads, 0, shape.head_dim), dtype=shape.dtype, device=shape.device
+        )
         self.high = 0
         self.packed = 0
         self.in_ring = 0
-        self.readers: weakref.WeakSet[Payload] = weakref.WeakSet()
+        self.readers: set[weakref.ref[Payload]] = set()
         self.tensors: dict[str, Tensor] = {}
 
     @classmethod
@@ -186,13 +192,13 @@ class CacheHalf:
         self.storage = object()
 
 
-def make_room(lengths: Sequence[tuple[CacheHalf, int]]) -> None:
-    """Grow halves to the one capacity that all of a call share, in which each holds its number of tokens."""
-    pages = max(
-        pages_to_allocate(half.scheme.pages_needed(half.config, length), half.shape.pages) for half, length in lengths
-    )
-    for half, _ in lengths:
-        half.grow(pages)
+def make_room(halves: Sequence[CacheHalf], needed: int) -> None:
+    """Grow halves to the one capacity that all of a call share: `needed` pages or more."""
+    held = {half.shape.pages for half in halves}
+    pages = pages_to_allocate(needed, max(held))
+    if held != {pages}:
+        for half in halves:
+            half.grow(pages)
 
 
 def near(tensor: Tensor, device: torch.device) -> Tensor:

@@ -76,14 +76,16 @@ class KVTensor(torch.Tensor):
     @classmethod
     def from_payload(cls, payload: Payload) -> KVTensor:
         """Make a handle of `payload`."""
-        shape = payload.half.shape
-        anchor = torch.empty(
-            (shape.batch_size, shape.num_kv_heads, 0, shape.head_dim), dtype=shape.dtype, device=shape.device
-        )
+        half, shape = payload.half, payload.half.shape
+        anchor = torch.empty_like(half.no_tokens)
         anchor.ottfx_payload = payload  # type: ignore[attr-defined]
         anchor._dynamo_static_indices = cls._dynamo_static_indices  # type: ignore[attr-defined]
         anchor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
-        return cls(anchor, payload.total_length, payload.half.config)
+        # `cls(...)` would take twice as long, and each step makes two handles a layer.
+        size = (shape.batch_size, shape.num_kv_heads, payload.total_length, shape.head_dim)
+        handle = torch.Tensor._make_wrapper_subclass(cls, size, dtype=shape.dtype, device=shape.device)
+        handle.anchor, handle.config = anchor, half.config
+        return handle
 
     @property
     def payload(self) -> Payload | None:

@@ -133,7 +133,8 @@ class ProgramCache:
 
     def make_room(self, length: int) -> None:
         """Grow every half to one capacity in which `length` tokens fit; never shrinks."""
-        make_room([(half, length) for half in self._halves()])
+        halves = list(self._halves())
+        make_room(halves, max(half.scheme.pages_needed(half.config, length) for half in halves))
 
     def advance(self, length: int) -> None:
         """Record that a program wrote the tokens up to `length`."""
