@@ -14,7 +14,7 @@ from torch import Tensor
 from ottfx.kernels.affine_combine import combine
 from ottfx.kernels.launch import at_most, dense_rows, launch, mask_strides, row_strides
 from ottfx.kernels.polar_codes import level_constants, padded_blocks
-from ottfx.kernels.rotate import NO_SEED, rotate
+from ottfx.kernels.rotate import rotate
 from ottfx.kernels.table_codes import padded_channels, table_constants
 from ottfx.kernels.token_split import _attend_tokens_kernel
 
@@ -189,7 +189,7 @@ def _attend(
     output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
     combine(
         partial, log_sum, output, parts=splits + 1, most_parts=most_splits + 1, queries_per_kv=queries_per_kv,
-        rotation=NO_SEED.value if seed_offset is None else seed_offset,
+        rotation=seed_offset,
     )  # fmt: skip
     return output
 
