@@ -17,11 +17,6 @@ def variants(rows: Sequence[Row]) -> str:
     columns += ["perplexity ratio", *optional.values()]
     parts = []
     for group in groups(rows, "model", "tokens_sha256", "dtype"):
-        first = group[0]
-        title = (
-            f"{first['model']}, {first['dtype']}, {count(first['tokens'])} tokens, of which {count(first['prefill'])} "
-            f"are a prompt and the others decoded one by one, positions {count(first['start'])} and later:"
-        )
         cells = [
             [
                 row["description"] + (" (the paper's defaults)" if "paper" in row["label"] else ""),
@@ -34,8 +29,41 @@ def variants(rows: Sequence[Row]) -> str:
             ]
             for row in group
         ]
-        parts.append(f"{title}\n\n{table(columns, cells)}")
+        parts.append(f"{_title(group[0])}\n\n{table(columns, cells)}")
     return "\n\n".join(parts)
+
+
+def ideas(rows: Sequence[Row]) -> str:
+    """Quality of ideas beside the plain scheme, which is the first row of each model."""
+    columns = ["variant", "bits", "bits at 8k tokens", "mean KL from full precision, nat", "95 % interval"]
+    columns += ["difference from the first row, 95 % interval", "same first token", "perplexity ratio"]
+    parts = []
+    for group in groups(rows, "model", "tokens_sha256", "dtype"):
+        plain = group[0]["label"]
+        cells = [
+            [
+                row["label"].removeprefix(plain).lstrip(" ,") or plain,
+                number(row["bits_formula"], "{:.2f}"),
+                number(row["bits_8k"], "{:.2f}"),
+                number(row["mean_kl"], "{:.4f}"),
+                f"{number(row['kl_low'], '{:.4f}')} to {number(row['kl_high'], '{:.4f}')}",
+                ""
+                if row is group[0]
+                else f"{number(row['kl_change_low'], '{:+.4f}')} to {number(row['kl_change_high'], '{:+.4f}')}",
+                number(row["top1"], "{:.3f}"),
+                number(row["perplexity_ratio"], "{:.3f}"),
+            ]
+            for row in group
+        ]
+        parts.append(f"{_title(group[0])}\n\n{table(columns, cells)}")
+    return "\n\n".join(parts)
+
+
+def _title(row: Row) -> str:
+    return (
+        f"{row['model']}, {row['dtype']}, {count(row['tokens'])} tokens, of which {count(row['prefill'])} "
+        f"are a prompt and the others decoded one by one, positions {count(row['start'])} and later:"
+    )
 
 
 def _optional(row: Row, column: str) -> str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ottfx.errors import ConfigError
 from ottfx.eval_command import default_variants
+from ottfx.registry import make_config
 from ottfx.results import csv_table, json_text, markdown_table, write_results
 from ottfx.study import EQUAL_BITS, STUDY, study_table, study_variants
 
@@ -97,6 +98,8 @@ def test_variants_with_other_options():
     both = default_variants(["ott+"], ["2"], ["group_size=64 range_search=False"])[1]
     assert both.label == "ott+ 2-bit group_size=64 range_search=False"
     assert both.options == {"scheme": "ott+", "bits": 2, "group_size": 64, "range_search": False}
+    layers = default_variants(["ott+"], ["2"], ["layer_bits={0:3,29:(4,2)}"])[1]
+    assert make_config(**layers.options).layer_bits == ((0, 3), (29, (4, 2)))
     assert default_variants(["ott"], ["2"], ["replacement=group"])[1].options["replacement"] == "group"
     for change, said in (("group_size", "NAME=VALUE"), ("unheard=3", "unheard")):
         with pytest.raises(ConfigError, match=said):

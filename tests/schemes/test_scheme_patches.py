@@ -1,0 +1,162 @@
+"""Ideas of `benchmarks.quality_ideas`: each patch does what its row says, and leaves nothing behind."""
+
+import csv
+from contextlib import nullcontext
+
+import pytest
+import torch
+from sample_results import result_of
+from scheme_store import ROLES, Store, random_tokens
+
+from benchmarks.quality_ideas import IDEAS, add_changes
+from benchmarks.scheme_patches import (
+    BF16,
+    E4M3,
+    E4M3_SCALE,
+    dual_scales,
+    exact_sinks,
+    factors_of_keys,
+    narrow_constants,
+    token_norms,
+)
+from ottfx import affine_cache, effective_bits, grid_search, outlier_pool
+from ottfx.registry import make_config
+from ottfx.results import csv_table
+from ottfx.schemes import ott_plus
+
+PATCHED = (
+    (affine_cache, "trace_outliers"), (affine_cache, "code_keys"), (affine_cache, "code_values"),
+    (outlier_pool, "token_scores"), (grid_search, "round_to_half"),
+    (ott_plus, "affine_append"), (ott_plus, "affine_attend"), (effective_bits, "formula_bits"),
+)  # fmt: skip
+TOKENS = 420
+
+
+def filled(key, value, **options):
+    store = Store(make_config("ott+", **options).at_layer(3), 1, 2, 32, TOKENS)
+    store.append_in_chunks(key, value, [200, 1, 100, TOKENS - 301])
+    return store
+
+
+@pytest.fixture
+def tokens():
+    return tuple(random_tokens(1, 2, TOKENS, 32) for _ in ROLES)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_sinks_stay_exact(tokens, count):
+    key, value = tokens
+    key[:, :, :count] *= 100
+    assert not {0} & filled(key, value).pool_positions(0, 0)[0]
+    with exact_sinks(count):
+        store = filled(key, value, outlier_capacity=3 + count)
+    assert torch.equal(store.read("key")[:, :, :count], key[:, :, :count])
+    torch.testing.assert_close(store.read("value")[:, :, :count], value[:, :, :count])
+    for head in range(2):
+        seats, _ = store.pool_positions(0, head)
+        assert seats.issuperset(range(count)) and len(seats) == 3 + count
+
+
+def test_other_tokens_compete_as_without_sinks(tokens):
+    key, value = tokens
+    key[:, :, 0] *= 100
+    plain = filled(key, value)
+    with exact_sinks(1):
+        store = filled(key, value, outlier_capacity=4)
+    for head in range(2):
+        seats, spilled = store.pool_positions(0, head)
+        assert (seats - {0}, spilled) == plain.pool_positions(0, head)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("roundings", [(E4M3_SCALE,), (E4M3_SCALE, BF16, E4M3), (BF16, BF16, BF16)])
+def test_constants_are_rounded(tokens, roundings, symmetric):
+    plain = filled(*tokens, symmetric_values=symmetric)
+    with narrow_constants(*roundings):
+        store = filled(*tokens, symmetric_values=symmetric)
+    scale, key_zero_point, value_zero_point = (*roundings, torch.clone, torch.clone)[:3]
+    for name, rounded in (
+        ("key_scale", scale), ("key_zero_point", key_zero_point),
+        ("value_scale", scale), ("value_zero_point", value_zero_point),
+    ):  # fmt: skip
+        constants = store.state[name.partition("_")[0]][name].float()
+        assert constants.any() or (name == "value_zero_point" and symmetric)
+        assert torch.equal(constants, rounded(constants)), name
+    unrounded = plain.state["key"]["key_scale"].float()
+    assert not torch.equal(unrounded, scale(unrounded))
+    for role, dense in zip(ROLES, tokens, strict=True):
+        error, plain_error = ((s.read(role) - dense).square().mean() for s in (store, plain))
+        assert error < 1.3 * plain_error
+
+
+def test_e4m3_has_four_significant_bits():
+    assert E4M3(torch.tensor([17.0, 1.0625, 1e4])).tolist() == [16, 1, 448]
+    assert E4M3_SCALE(torch.tensor([0.0, 1.0625, 1e4])).tolist() == [0, 1, 28]
+
+
+def attended(key, value, context, **options):
+    """What one token at a time gets after a prompt, in a new store."""
+    store = Store(make_config("ott+", **options).at_layer(3), 1, 2, 32, TOKENS)
+    results = []
+    with context:
+        store.append(key[:, :, :300], value[:, :, :300])
+        for t in range(300, TOKENS):
+            new = key[:, :, t : t + 1], value[:, :, t : t + 1]
+            query = torch.linspace(-1, 1, 32).expand(1, 4, 1, 32)
+            results.append(store.attend(query, *new))
+            store.append(*new)
+    return torch.cat(results, dim=2)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_equal_factors_change_nothing(tokens, factor):
+    plain = attended(*tokens, nullcontext())
+    scaled = attended(*tokens, factors_of_keys(lambda group: torch.full_like(group[..., :1], factor)))
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [token_norms, dual_scales])
+def test_factors_of_keys_take_up_their_norms(factors):
+    direction = torch.randn(1, 2, 1, 32)
+    sizes = torch.rand(1, 2, TOKENS, 1) * 4 + 1
+    key = (direction + 0.01 * torch.randn(1, 2, TOKENS, 32)) * sizes
+    value = torch.randn(1, 2, TOKENS, 32)
+    exact = attended(key, value, nullcontext(), residual_length=TOKENS)
+    plain = attended(key, value, nullcontext(), value_bits=8)
+    divided = attended(key, value, factors_of_keys(factors), value_bits=8)
+    assert (divided - exact).norm() < 0.8 * (plain - exact).norm()
+
+
+def test_dual_scales_balance_tokens():
+    group = torch.randn(1, 1, 2, 128, 32) * (torch.rand(128, 1) * 9 + 1) * (torch.rand(32) * 9 + 1)
+    before, after = group.std(-1), (group / dual_scales(group)).std(-1)
+    assert after.amax() / after.amin() < 0.5 * before.amax() / before.amin()
+
+
+@pytest.mark.parametrize("idea", IDEAS, ids=lambda idea: idea.name)
+def test_ideas_count_their_bits_and_leave_nothing_behind(tokens, idea):
+    before = [getattr(module, name) for module, name in PATCHED]
+    half = filled(*tokens, **idea.options).halves["key"]
+    plain = effective_bits.formula_bits(half.scheme, half.config, "key", half.shape, 8192)
+    with idea.applied():
+        counted = effective_bits.formula_bits(half.scheme, half.config, "key", half.shape, 8192)
+    packed = (8192 - 32 - 63.5) / 8192
+    assert counted == pytest.approx(plain + packed * idea.extra_bits("key", 32), abs=1e-6)
+    assert before == [getattr(module, name) for module, name in PATCHED]
+
+
+def test_bits_of_a_key():
+    extra = {idea.name: idea.extra_bits("key", 64) for idea in IDEAS}
+    assert extra["token norms of keys"] == 0.25 and extra["e4m3 scales and zero points"] == -0.125
+
+
+def test_changes_are_position_by_position(tmp_path):
+    results = [result_of("plain", [0.1] * 128), result_of("idea", [0.1] * 64 + [0.3] * 64)]
+    file = tmp_path / "ideas.csv"
+    file.write_text(csv_table(results))
+    add_changes(results, file)
+    with file.open(newline="") as lines:
+        plain, idea = csv.DictReader(lines)
+    assert float(plain["kl_change"]) == float(plain["kl_change_high"]) == 0
+    assert float(idea["kl_change"]) == pytest.approx(0.1)
+    assert float(idea["kl_change_low"]) == pytest.approx(0) and float(idea["kl_change_high"]) == pytest.approx(0.2)
