@@ -145,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*(idea.name for idea in IDEAS), *OPTIONS["smollm2"], *OPTIONS["gemma3-270m"]]
     parser.add_argument("--only", action="append", choices=names, help="a row; repeat for more; default: all")
+    parser.add_argument("--keep", action="store_true", help="add to the rows of the file, do not replace them")
     parser.add_argument("--model", default="smollm2", choices=list(OPTIONS))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--start", type=int, default=256)
@@ -162,7 +163,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with patch.object(evaluate, "_measure", measured):
         results = run_evaluation(
-            variants, options.model, "cpu", "float32", "", options.tokens, options.start, str(options.out), fresh=False
+            variants,
+            options.model,
+            "cpu",
+            "float32",
+            "",
+            options.tokens,
+            options.start,
+            str(options.out),
+            fresh=not options.keep,
         )
     # In the order of a single run, in however many they were measured.
     labels = [variant.label for variant in every]

@@ -43,7 +43,10 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
         "ottfx eval --schemes kivi,ott,ott+,turbo,polar,polar_pairs,qjl --bits 2,3,4`, also with `--model gemma3-270m",
     ),
     "quality-parts": (quality.variants, "ottfx eval --schemes ott+ --bits 2 --vary mixed_keys=False --vary ..."),
-    "quality-ideas": (quality.ideas, "python -m benchmarks.quality_ideas`, also with `--model gemma3-270m"),
+    "quality-ideas": (
+        quality.ideas,
+        "python -m benchmarks.quality_ideas`, also with `--model gemma3-270m` and `--model random-qwen2",
+    ),
     "quality-spread": (quality.spread, "python -m benchmarks.quality"),
 }
 """Name -> (what makes it of rows, the command that measures them)."""
