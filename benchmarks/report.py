@@ -35,6 +35,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
     "generate-headline": (generate.headline, "python -m benchmarks.generate"),
     "generate-largest": (generate.largest, "python -m benchmarks.generate --search-batch"),
     "prefill": (generate.prefill, "python -m benchmarks.prefill"),
+    "compile-time": (models.compile_time, "python -m benchmarks.compile_time"),
     "memory": (models.memory, "python -m benchmarks.memory"),
     "artifact": (models.artifact, "python -m benchmarks.artifact"),
     "quality": (quality.variants, "python -m benchmarks.quality"),

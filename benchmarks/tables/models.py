@@ -1,4 +1,4 @@
-"""Tables of the benchmarks that run a whole model: memory, artifacts."""
+"""Tables of the benchmarks that run a whole model: memory, compile time, artifacts."""
 
 from __future__ import annotations
 
@@ -39,6 +39,23 @@ def memory(rows: Sequence[Row]) -> str:
             cells.append(line)
         parts.append(f"{title}\n\n{table(columns, cells)}")
     return "\n\n".join(parts)
+
+
+def compile_time(rows: Sequence[Row]) -> str:
+    """Seconds until a prompt and three steps are done, with empty and with filled disk caches."""
+    calls = ("first_prompt_s", "first_step_s", "second_step_s", "third_step_s")
+    cells = [
+        [
+            f"{row['shape']}, {row['layers']} layers",
+            row["configuration"],
+            *(number(row[name], "{:.1f}") for name in calls),
+            *(f"{sum(float(row[prefix + name]) for name in calls):.1f}" for prefix in ("", "warm_")),
+        ]
+        for row in rows
+        if row.get("first_prompt_s")
+    ]
+    columns = ["shape", "configuration", "prompt, s", "first step, s", "second, s", "third, s"]
+    return table([*columns, "all of them, s", "with filled caches, s"], cells)
 
 
 def _way(row: Row) -> str:
