@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks import append, artifact, attention, compile_time, generate, memory, prefill
+from benchmarks import append, artifact, attention, compile_time, decode_plan, generate, memory, prefill
 from benchmarks.configurations import CONFIGURATIONS, Quantization, configured, fill_cache, new_cache
 from benchmarks.packed_state import bytes_read, random_halves
 from benchmarks.runner import Case, command_line, run_cases
@@ -49,6 +49,27 @@ def test_attention(tmp_path):
     assert float(complete["bytes_a_token_and_head"]) > float(packed["bytes_a_token_and_head"])
     ratio = float(peer["us"]) / float(packed["us"])
     assert math.isclose(float(packed["speedup_over_best_peer"]), ratio, rel_tol=1e-6)
+
+
+def test_decode_plan(tmp_path):
+    rows = run(decode_plan, tmp_path, *only("*/plus/*"))
+    assert [row["cut"] for row in rows] == list(decode_plan.CUTS)
+    assert float(rows[0]["over_chosen"]) == 1.0 and all(float(row["us"]) > 0 for row in rows)
+
+
+def test_cuts_change_the_plan_that_the_launcher_uses():
+    affine_attend = pytest.importorskip("ottfx.kernels.affine_attend")
+    sizes = dict(pairs=8, num_kv_heads=8, rows=4, head_dim=128, bits=(2, 2), group_size=128, ring_rows=160, pages=1024)
+    choose = affine_attend.decode_plan
+    chosen = choose(**sizes)
+    splits, parts = chosen.splits, chosen.window_parts
+    want = [(splits, parts), (splits // 2, parts), (splits * 2, parts), (splits, 1), (splits, 2), (splits, 3)]
+    for cut, expected in zip(decode_plan.CUTS.values(), want, strict=True):
+        with decode_plan.cut_by(cut, "cuda") as plans:
+            affine_attend.decode_plan(**sizes)
+        assert [(plan.splits, plan.window_parts) for plan in plans] == [expected]
+        assert plans[0].most_splits == plans[0].splits
+    assert affine_attend.decode_plan is choose
 
 
 def test_append(tmp_path):
