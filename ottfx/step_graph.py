@@ -152,6 +152,8 @@ class StepGraph:
         self._weights, self._state, self._copied, self._numbers = positions.values()
         self._widened = {i: inputs[i].widened for i in self._copied}
         self._below_capacity = [(i, below) for i, x in enumerate(inputs) if (below := x.below_capacity) is not None]
+        of_capacity = {pages, *(i for i, _ in self._below_capacity)}
+        self._other_sizes = [n for n, i in enumerate(self._numbers) if i not in of_capacity]
         self._recorded: OrderedDict[tuple[int, ...], _Step] = OrderedDict()
         self._last: _Step | None = None
         self._is_recordable = True
@@ -178,7 +180,7 @@ class StepGraph:
         step = self._last
         if step is None or step.numbers != numbers or step.weights != weights or step.storages != storages:
             self._put(state(), arguments)
-            has_grown = step is not None and step.recorder is not None and step.numbers != numbers
+            has_grown = step is not None and self._differs_in_capacity(step, numbers, weights)
             step = self._last = self._find(arguments, numbers, weights)
             step.storages = storages
             step.is_due = step.is_due or has_grown
@@ -211,6 +213,11 @@ class StepGraph:
         with torch.inference_mode(False):
             buffers = [(i, self._buffer(arguments[i], self._widened[i], arguments[self._pages])) for i in self._copied]
         return _Step(numbers, weights, buffers)
+
+    def _differs_in_capacity(self, step: _Step, numbers: list[int], weights: list[int]) -> bool:
+        """Whether a recorded step was of the same kind as these, but for the room in its storage."""
+        same = [step.numbers[n] == numbers[n] for n in self._other_sizes]
+        return step.recorder is not None and step.numbers != numbers and step.weights == weights and all(same)
 
     def _key(self, arguments: list[Any], numbers: list[int], weights: list[int]) -> tuple[int, ...]:
         return (*numbers, *weights, *(arguments[i].data_ptr() for i in self._state))

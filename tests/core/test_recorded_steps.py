@@ -28,17 +28,17 @@ class Decoder:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         inputs = [WEIGHT, STATE, COPIED, StepInput(kind="copied", widened=1), NUMBER,
-                  StepInput(kind="number", below_capacity=1)]  # fmt: skip
+                  StepInput(kind="number", below_capacity=1), NUMBER]  # fmt: skip
         self.step_graph = StepGraph(self.inner, inputs, 4, CPU, RecordingPool())
         self.weight = torch.full((2,), 2.0)
 
-    def inner(self, weight, state, x, mask, pages, past):
-        self.calls.append((weight.data_ptr(), state.data_ptr(), x.data_ptr(), mask.data_ptr(), pages, past))
+    def inner(self, weight, state, x, mask, pages, past, batch):
+        self.calls.append((weight.data_ptr(), state.data_ptr(), x.data_ptr(), mask.data_ptr(), pages, past, batch))
         state += weight * x
         return state, mask.sum(1)
 
-    def __call__(self, state, storage, x, length, pages=2):
-        arguments = [self.weight, None, x, torch.ones(1, length), pages, length - 1]
+    def __call__(self, state, storage, x, length, pages=2, batch=1):
+        arguments = [self.weight, None, x, torch.ones(1, length), pages, length - 1, batch]
         return self.step_graph(arguments, [storage], lambda: [state])
 
 
@@ -52,7 +52,7 @@ def test_one_recording_serves_all_lengths():
             assert results[1].tolist() == [10.0 + step]
             assert results[0].data_ptr() != state.data_ptr(), "the caller's own"
         assert counters == {"warmups": 1, "recordings": 1, "replays": 4}
-        assert len(set(decoder.calls)) == 1 and decoder.calls[0][-2:] == (2, 2 * PAGE - 1)
+        assert len(set(decoder.calls)) == 1 and decoder.calls[0][-3:] == (2, 2 * PAGE - 1, 1)
 
 
 def test_other_addresses_are_other_recordings():
@@ -87,6 +87,11 @@ def test_storage_of_another_size_or_weights_elsewhere():
         decoder.weight = torch.full((2,), 5.0)
         assert decoder(grown, storage, x, 300, pages=3)[0].tolist() == [11.0, 11.0]
         assert counters["warmups"] == 2
+        for _ in range(2):
+            decoder(grown, storage, x, 300, pages=3)
+        # Another batch has kernels of its own, also where the room is another.
+        decoder(torch.zeros(2), object(), x, 9, pages=2, batch=4)
+        assert counters == {"warmups": 3, "recordings": 3, "replays": 7}
 
 
 def test_new_storage_at_recorded_addresses_is_replayed():
