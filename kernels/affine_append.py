@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ottfx.kernels.affine_encode import VALUE_WARPS, _encode_key_pages_kernel, _encode_value_pages_kernel, key_tile
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
+from ottfx.kernels.encode_pages import encode_pages
 from ottfx.kernels.key_order import order_channels
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2, row_strides
 from ottfx.kernels.rotate import rotate
@@ -167,7 +167,7 @@ def append(
         assert key_order is not None
         order_channels(common, key_order, key_window, key_step)
     if encodes:
-        _encode(
+        encode_pages(
             common, score, key_codes, key_scale, key_zero_point, value_codes, value_scale, value_zero_point,
             bits=(key_bits, value_bits), windows=(key_window, value_window), steps=(key_step, value_step),
             norm=score_norm, traces=traces, codes=codes,
@@ -245,64 +245,6 @@ def append(
         arguments = pack | dict(zip(("key_items", "value_items", "ring_items"), items, strict=True))
         grid = (torch.sym_min(batch_size * num_kv_heads * sum(items), MOST_STORING),)
         launch(_store_tokens_kernel, grid, arguments, num_warps=4, num_stages=1)
-
-
-def _encode(
-    common: dict[str, Any], score: Tensor, key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor,
-    value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, *,
-    bits: tuple[int, int], windows: tuple[int, int], steps: tuple[int, int], norm: int, traces: bool,
-    codes: dict[str, Any],
-) -> None:  # fmt: skip
-    shared = {
-        name: common[name]
-        for name in (
-            "valid_ptr",
-            "lengths_ptr",
-            "hard_ptr",
-            "site",
-            "q_len",
-            "most_pages",
-            "NUM_KV_HEADS",
-            "HEAD_DIM",
-            "HAS_VALID",
-        )
-    } | {"pages": key_codes.shape[2]}
-    grid = (common["pairs"] * common["most_pages"],)
-    chunk, num_warps = key_tile(common["HEAD_DIM"], codes["SEARCH"])
-    keys = shared | {name: common[name] for name in common if name.startswith("stride_key")}
-    keys |= {
-        "key_ptr": common["key_ptr"],
-        "order_ptr": codes["key_order_ptr"],
-        "codes_ptr": key_codes,
-        "scale_ptr": key_scale,
-        "zero_point_ptr": key_zero_point,
-        "score_ptr": score,
-        "scores_per_head": common["flags_per_head"],
-        "BITS": bits[0],
-        "MIXED": codes["MIXED"],
-        "SEARCH": codes["SEARCH"],
-        "GROUP": common["GROUP"],
-        "WINDOW": windows[0],
-        "STEP": steps[0],
-        "NORM": norm if traces else 1,
-        "HAS_OUTLIERS": traces,
-        "CHUNK": chunk,
-    }
-    launch(_encode_key_pages_kernel, grid, keys, num_warps=num_warps, num_stages=1)
-    values = shared | {name: common[name] for name in common if name.startswith("stride_value")}
-    values |= {
-        "value_ptr": common["value_ptr"],
-        "codes_ptr": value_codes,
-        "scale_ptr": value_scale,
-        "zero_point_ptr": value_zero_point,
-        "BITS": bits[1],
-        "SYMMETRIC": codes["SYMMETRIC"],
-        "SEARCH": codes["SEARCH"],
-        "VALUE_GROUPS": value_scale.shape[3],
-        "WINDOW": windows[1],
-        "STEP": steps[1],
-    }
-    launch(_encode_value_pages_kernel, grid, values, num_warps=VALUE_WARPS, num_stages=1)
 
 
 def _most_blocks(q_len: Any, step: int, size: int) -> Any:
