@@ -17,13 +17,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks.attention import Setting, attend_call
+from benchmarks.attention import QUICK_SHAPES, SHORT, WORKLOADS, Setting, attend_call
 from benchmarks.runner import Case, command_line, run_cases
 from benchmarks.shapes import heads_of, parse_workload
 from benchmarks.timing import device_microseconds
 
-SHAPES = ("llama-2-7b", "llama-3-8b")
-WORKLOADS = ("8x32k", "1x128k", "64x4k", "256x1k", "96x352", "640x352", "1x4k")
 PARTS = ("complete", "plus")
 CHOSEN = "chosen"
 CUTS: dict[str, Callable[[Any], Any]] = {
@@ -81,7 +79,7 @@ def cut_by(change: Callable[[Any], Any], device: str) -> Iterator[list[Any]]:
 
 def plan(cutting: Cutting, tiny: bool) -> Iterator[Case]:
     """Yield all cases, the chosen cut of a setting before the others."""
-    shapes, workloads = (("tiny",), ("2x256",)) if tiny else (SHAPES, WORKLOADS)
+    shapes, workloads = (("tiny",), ("2x256",)) if tiny else (QUICK_SHAPES, (*WORKLOADS, *SHORT, "1x4k"))
     for workload, shape, part, name in product(workloads, shapes, PARTS, CUTS):
         batch_size, length = parse_workload(workload)
         setting = Setting(
@@ -98,7 +96,7 @@ def plan(cutting: Cutting, tiny: bool) -> Iterator[Case]:
         yield Case(
             labels={"shape": shape, "workload": workload, "part": part, "cut": name},
             measure=partial(cutting.measure, setting, name),
-            quick=part == "plus" and workload in (workloads[0], "96x352"),
+            quick=part == "plus" and workload in (workloads[0], SHORT[0]),
         )
 
 

@@ -13,7 +13,7 @@ from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.encode_pages import encode_pages
 from ottfx.kernels.key_order import order_channels
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2, row_strides
-from ottfx.kernels.rotate import rotate
+from ottfx.kernels.rotate import block_size, rotate
 
 PAGE = 128
 STRIP = 16
@@ -162,9 +162,8 @@ def append(
     if value_zero_point is None:
         value_zero_point = value_scale
     # The encoder needs the order; without it, the selection of outliers decides the order in the same launch.
-    orders_apart = key_order is not None and (encodes or not traces)
-    if orders_apart:
-        assert key_order is not None
+    orders_apart = encodes or not traces
+    if key_order is not None and orders_apart:
         order_channels(common, key_order, key_window, key_step)
     if encodes:
         encode_pages(
@@ -188,7 +187,7 @@ def append(
             "BLOCK_SEATS": max(next_power_of_2(outlier_capacity), 4),
             "NORM": score_norm,
             "key_order_ptr": codes["key_order_ptr"],
-            "ORDERS": key_order is not None and not orders_apart,
+            "ORDERS": codes["MIXED"] and not orders_apart,
             "BLOCK_D": next_power_of_2(head_dim),
         }
         grid = (torch.sym_min(batch_size * num_kv_heads, MOST_SELECTING),)
@@ -221,7 +220,7 @@ def append(
             "WRITE_BACK": not one_schedule,
             "KEY_PARTS": key_parts,
             "VALUE_PARTS": value_parts,
-            "ROTATED": head_dim & -head_dim if rotates_row else 1,
+            "ROTATED": block_size(head_dim) if rotates_row else 1,
             "BLOCK_HALF": next_power_of_2(head_dim // 2),
             "BLOCK_D": next_power_of_2(head_dim),
             "RING_ROWS": RING_ROWS,

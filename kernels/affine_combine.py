@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ottfx.kernels.launch import launch, next_power_of_2
-from ottfx.kernels.rotate import rotate_rows_back
+from ottfx.kernels.rotate import block_size, rotate_rows_back
 
 MOST_COMBINED = 8192
 """Numbers that a program of the combination holds at once, where its rows are cut into blocks of channels."""
@@ -103,7 +103,7 @@ def combine(
         "NUM_KV_HEADS": output.shape[1] // queries_per_kv,
         "QUERIES_PER_KV": queries_per_kv,
         "HEAD_DIM": head_dim,
-        "SIZE": 1 if rotation is None else head_dim & -head_dim,
+        "SIZE": 1 if rotation is None else block_size(head_dim),
         "OFFSET": rotation or 0,
         "NEW_APART": new_value is not None,
         "BLOCK_PARTS": block_parts,

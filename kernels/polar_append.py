@@ -14,7 +14,7 @@ from torch import Tensor
 from ottfx.kernels.launch import dense_rows, launch, row_strides
 from ottfx.kernels.packing import FINITE_MAX, PAGE, make_finite
 from ottfx.kernels.polar_codes import level_constants, padded_blocks, store_blocks
-from ottfx.kernels.rotate import BLOCK, rotate_rows
+from ottfx.kernels.rotate import BLOCK, block_size, rotate_rows
 
 
 @triton.jit(do_not_specialize=["q_len", "pages"])
@@ -111,7 +111,7 @@ def append(
         "BITS": first_bits,
         "WORDS": key_codes.shape[4],
         "BYTES": key_upper.shape[4],
-        "SIZE": head_dim & -head_dim,
+        "SIZE": block_size(head_dim),
         "OFFSET": seed_offset,
         "ROWS": rows,
         "BLOCK_D": block_d,

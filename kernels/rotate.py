@@ -97,6 +97,11 @@ def _rotate_kernel(
     tl.store(output_ptr + row[:, None] * HEAD_DIM + channel, x.to(output_ptr.dtype.element_ty), mask=live)
 
 
+def block_size(head_dim: int) -> int:
+    """Return how many channels are mixed with each other: the largest power of two that divides `head_dim`."""
+    return head_dim & -head_dim
+
+
 def rotate(x: Tensor, back: bool, dtype: torch.dtype, seed_offset: int | None = None) -> Tensor:
     """Rotate `x` [batch, heads, q_len, head_dim], any strides, or rotate it back; contiguous, of `dtype`.
 
@@ -104,7 +109,7 @@ def rotate(x: Tensor, back: bool, dtype: torch.dtype, seed_offset: int | None = 
     """
     x = dense_rows(x)
     batch_size, heads, q_len, head_dim = x.shape
-    size = head_dim & -head_dim
+    size = block_size(head_dim)
     output = torch.empty((batch_size, heads, q_len, head_dim), dtype=dtype, device=x.device)
     blocks = batch_size * heads * q_len * (head_dim // size)
     rows = max(BLOCK // next_power_of_2(size), 1)

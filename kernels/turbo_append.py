@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ottfx.kernels.launch import dense_rows, launch, row_strides
 from ottfx.kernels.packing import FINITE_MAX, PAGE, make_finite
-from ottfx.kernels.rotate import BLOCK, rotate_rows
+from ottfx.kernels.rotate import BLOCK, block_size, rotate_rows
 from ottfx.kernels.table_codes import entry, nearest, padded_channels, store_signed, table_constants
 
 
@@ -129,7 +129,7 @@ def append(
         "VALUE_BITS": value_bits,
         "KEY_WORDS": key_codes.shape[4],
         "VALUE_WORDS": value_codes.shape[4],
-        "SIZE": head_dim & -head_dim,
+        "SIZE": block_size(head_dim),
         "OFFSET": seed_offset,
         "CORRECT": norm_correction,
         "ROWS": rows,

@@ -164,14 +164,16 @@ def hopper() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("q_len", [1, None], ids=["decode", "chunk"])
-@pytest.mark.parametrize("options", [OTT, OTT_PLUS, KIVI], ids=["ott", "ott+", "kivi"])
-def test_launchers_trace_without_guards(options, q_len):
+@pytest.mark.parametrize(
+    "options, launches",
+    [(OTT, {1: 4, None: 7}), (OTT_PLUS, {1: 4, None: 10}), (KIVI, {1: 4, None: 6})],
+    ids=["ott", "ott+", "kivi"],
+)
+def test_launchers_trace_without_guards(options, launches, q_len):
     trace = Trace(options, q_len)
     # Two to attend. To append: two that encode whole pages, the selection of outliers, one or two stores. For `ott+` a
     # step takes no more; a chunk takes two rotations of values, and the order of channels before it is encoded.
-    launches = {"ott": {1: 4, None: 7}, "ott+": {1: 4, None: 10}, "kivi": {1: 4, None: 6}}
-    name = "kivi" if options is KIVI else "ott" if options is OTT else "ott+"
-    assert len(trace.launches()) == launches[name][q_len]
+    assert len(trace.launches()) == launches[q_len]
     assert trace.shapes.guards == []
 
 
