@@ -56,7 +56,8 @@ def symmetric_scale(x, taking_part, largest, LEVELS: tl.constexpr, SEARCH: tl.co
             steps = symmetric_steps(x, tl.broadcast_to(reciprocal(scale)[:, :, None], x.shape), LEVELS)
             rounded = steps + ROUND_MAGIC - ROUND_MAGIC - LEVELS / 2
             error = rounded * tl.broadcast_to(scale.to(tl.float32)[:, :, None], x.shape) - x
-            total = tl.sum(tl.where(taking_part, error * error, 0.0), axis=2)
+            square = tl.where(taking_part, error * error, 0.0)
+            total = tl.sum(square * square, axis=2)
             better = total < best_error
             best_error = tl.where(better, total, best_error)
             best_scale = tl.where(better, scale, best_scale)

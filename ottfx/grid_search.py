@@ -3,8 +3,8 @@
 A wide range makes every step wide. Cutting off the ends costs those few members more than rounding, and saves all the
 others some: the best of a few candidates is taken, group by group, when codes are made. Reading them costs the same.
 
-Source: clipping chosen by an L_p error, as in post-training quantization of weights (arXiv:1911.07190). p is 4 for
-keys, as a softmax punishes large errors most, and 2 for values, which are averaged.
+Source: clipping chosen by an L_p error, as in post-training quantization of weights (arXiv:1911.07190). p is 4:
+large errors of keys are what a softmax punishes most, and of values, too, it leaves less divergence than 2 does.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tens
 
 
 def search_symmetric(x: Tensor, bits: int, dim: int = -1, candidates: int = CANDIDATES) -> tuple[Tensor, Tensor]:
-    """Quantize groups to grids around 0, each with the candidate scale of the least sum of squared errors.
+    """Quantize groups to grids around 0, each with the candidate scale of the least sum of fourth powers of errors.
 
     The grid is `(code - (2**bits - 1) / 2) * scale`: no zero point is stored.
 
@@ -84,7 +84,8 @@ def search_symmetric(x: Tensor, bits: int, dim: int = -1, candidates: int = CAND
     for candidate in range(candidates):
         scale = round_to_half((largest * (1 - candidate * SYMMETRIC_CUT) * (2 / levels)).clamp(max=FINITE_MAX))
         error = (_symmetric_steps(x, scale, levels).round() - levels / 2) * scale - x
-        total = (error * error).sum(dim, keepdim=True)
+        square = error * error
+        total = (square * square).sum(dim, keepdim=True)
         better = total < best_error if candidate else torch.ones_like(total, dtype=torch.bool)
         best_error = torch.where(better, total, best_error)
         best_scale = torch.where(better, scale, best_scale)
