@@ -8,6 +8,7 @@ its own, of which the last of them leaves the weight: its value is not rotated a
 import triton
 import triton.language as tl
 
+from ottfx.kernels.decode_coded import attend_coded_window
 from ottfx.kernels.decode_packed import attend_packed
 from ottfx.kernels.decode_single import attend_window_once
 from ottfx.kernels.decode_window import attend_window
@@ -76,11 +77,21 @@ def _decode_kernel(
                 QUERIES_PER_KV, HEAD_DIM, KEY_BITS, VALUE_BITS, MIXED, SYMMETRIC, GROUP, MASK, ONE_MASK, SINGLE,
                 COLUMNS, TILE, BLOCK_D, WHOLE_TILES, K_WIDTH,
             )  # fmt: skip
+    elif key_residual_ptr.dtype.element_ty == tl.int8:
+        attend_coded_window(
+            pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,
+            mask_ptr, score_factor, rows, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr,
+            value_residual_ptr, value_row_scale_ptr,
+            outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+            stride_query_batch, stride_query_head, stride_query_token, stride_key_batch, stride_key_head,
+            stride_key_token, stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
+            QUERIES_PER_KV, HEAD_DIM, CAPACITY, POOL_ROWS, MASK, ONE_MASK, SINGLE, COLUMNS, BLOCK_D, WINDOW_PARTS,
+            NEW_APART, K_WIDTH,
+        )  # fmt: skip
     elif SINGLE:
         attend_window_once(
             pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,
-            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr,
-            value_residual_ptr, value_row_scale_ptr,
+            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
@@ -89,8 +100,7 @@ def _decode_kernel(
     else:
         attend_window(
             pair, batch, head, split - splits, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr,
-            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr,
-            value_residual_ptr, value_row_scale_ptr,
+            mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,

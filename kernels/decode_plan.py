@@ -97,6 +97,9 @@ def decode_plan(
 @lru_cache(maxsize=256)
 def best_splits(programs: int, tiles: int, slots: int) -> int:
     """Return into how many shares to cut `tiles` of each of `programs`, of which `slots` run at once."""
+    if programs >= slots:
+        # Those that read the window fill the last round.
+        return 1
 
     def time(splits: int) -> float:
         waves = -(-programs * splits // slots)

@@ -21,6 +21,38 @@ def halves(words):
     return tl.join(low, high)
 
 
+# The interpreter has no assembler.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def byte_halves(words, ODD: tl.constexpr):
+    """Bytes 0 and 2 of int32 words, or 1 and 3, each in a half of its own: `words & 0x00FF00FF`, or of `words >> 8`.
+
+    One instruction. From the shift a compiler makes four, as it takes the halves for two numbers.
+    """
+    if _INTERPRETED:
+        return ((words >> 8) if ODD else words) & 0x00FF00FF
+    elif ODD:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4341;", "=r,r", [words], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4240;", "=r,r", [words], tl.int32, True, 1)
+
+
+@triton.jit
+def pair_halves(first, second, UPPER: tl.constexpr):
+    """Int32 with the low halves of two words, that of `first` below, or with their upper halves; one instruction."""
+    if _INTERPRETED:
+        if UPPER:
+            return ((first >> 16) & 0xFFFF) | (second & -65536)
+        else:
+            return (first & 0xFFFF) | (second << 16)
+    elif UPPER:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [first, second], tl.int32, True, 1)
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [first, second], tl.int32, True, 1)
+
+
 @triton.jit
 def _pair3(words, plane, SHIFT: tl.constexpr):
     # As `halves`, of the codes that have two bits at 2 * SHIFT of `words` and the third at SHIFT of `plane`.
@@ -106,7 +138,9 @@ def subnormal_codes(words, plane, BITS: tl.constexpr, MIXED: tl.constexpr):
         )
         run = tl.permute(run, [0, 1, 2, 3, 6, 5, 4])
     else:
-        run = tl.permute(tl.join(halves(words & 0x00FF00FF), halves((words >> 8) & 0x00FF00FF)), [0, 1, 2, 3, 5, 4])
+        run = tl.permute(
+            tl.join(halves(byte_halves(words, False)), halves(byte_halves(words, True))), [0, 1, 2, 3, 5, 4]
+        )
     return tl.reshape(run, [4, 8, words.shape[2], words.shape[3] * PER_WORD // 4, 4])
 
 

@@ -1,0 +1,230 @@
+"""Device function of decode attention: the window in 8 bits, on the tensor cores in the layout of `fragments.py`.
+
+An int8 plus 128 is a code of 8 bits, a subnormal float16 as it is; the 128 times what it is multiplied by is taken off
+again. Scales of keys are factors of scores, those of values of weights. So a byte costs less than one instruction.
+
+Lane `4 * n + c` holds, of a tile of 16 tokens, of the keys of `n` and `n + 8` the channels of its c, which are
+neighbours, and of the values of the tokens `4 * c .. 4 * c + 3` the channels of its n, which are neighbours too.
+"""
+
+import triton
+import triton.language as tl
+
+from ottfx.kernels.decode_packed import WEIGHT_UNIT
+from ottfx.kernels.decode_single import attend_exact_once
+from ottfx.kernels.decode_tile import load_query_lanes, spread
+from ottfx.kernels.decode_window import DENSE_TILE, NOTHING_SEEN, attend_exact, store_part, window_share
+from ottfx.kernels.fragments import (
+    SUBNORMAL,
+    byte_halves,
+    halves,
+    left_operand,
+    pair_halves,
+    power_of_2,
+    right_operand,
+    subnormal_codes,
+)
+
+_SIGNS = tl.constexpr(0x80808080 - (1 << 32))
+"""The highest bits of four bytes: what turns int8 into numbers 0 .. 255."""
+
+
+@triton.jit
+def _load_words(ring_ptr, token, last, word, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    # Int32 words of four channels each; `ring_ptr` is int8 and that of this (sequence, kv head).
+    row = (token % CAPACITY) * (HEAD_DIM // 4)
+    live = token < last
+    if HEAD_DIM != BLOCK_D:
+        live = live & (word < HEAD_DIM // 4)
+    return tl.load(ring_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row + word, mask=live, other=0)
+
+
+@triton.jit
+def _load_key_rows(ring_ptr, first, last, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    # [c 4, n 8, 2, W]
+    W: tl.constexpr = BLOCK_D // 16
+    # [2, W / 4, n 8, c 4, 4 words], flat: the load is 16 bytes a lane.
+    i = tl.arange(0, 4 * BLOCK_D)
+    word = i // 4 % 4 * W + i // 128 % (W // 4) * 4 + i % 4
+    token = first + i // (32 * W) * 8 + i // 16 % 8
+    words = _load_words(ring_ptr, token, last, word, CAPACITY, HEAD_DIM, BLOCK_D)
+    words = tl.permute(tl.reshape(words, [2, W // 4, 8, 4, 4]), [3, 2, 0, 1, 4])
+    return tl.reshape(words, [4, 8, 2, W])
+
+
+@triton.jit
+def _load_value_rows(ring_ptr, first, last, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    # [c 4, n 8, W, 4 tokens]
+    W: tl.constexpr = BLOCK_D // 32
+    V: tl.constexpr = 4 if W > 4 else W
+    # [4 tokens, W / V, n 8, c 4, V words], but for V = 2 with two of the tokens before the words: 4 words a lane.
+    i = tl.arange(0, 4 * BLOCK_D)
+    if V == 4:
+        member = i // (32 * W)
+        word = i // 128 % (W // 4) * 4 + i % 4
+    else:
+        member = i // 128 * 2 + i // 2 % 2
+        word = i % 2
+    token = first + i // 4 % 4 * 4 + member
+    words = _load_words(ring_ptr, token, last, i // 16 % 8 * W + word, CAPACITY, HEAD_DIM, BLOCK_D)
+    if V == 4:
+        words = tl.permute(tl.reshape(words, [4, W // 4, 8, 4, 4]), [3, 2, 1, 4, 0])
+    else:
+        words = tl.permute(tl.reshape(words, [2, 8, 4, 2, 2]), [2, 1, 4, 0, 3])
+    return tl.reshape(words, [4, 8, W, 4])
+
+
+@triton.jit
+def _value_codes(words):
+    # Words [4, 8, W, 4 tokens] of four channels -> float16 [4, 8, 4 * W channels, 1, 4 tokens].
+    W: tl.constexpr = words.shape[2]
+    even, odd = tl.split(tl.reshape(words ^ _SIGNS, [4, 8, W, 2, 2]))
+    lower, upper = pair_halves(even, odd, False), pair_halves(even, odd, True)
+    first = tl.join(halves(byte_halves(lower, False)), halves(byte_halves(lower, True)))
+    second = tl.join(halves(byte_halves(upper, False)), halves(byte_halves(upper, True)))
+    # [4, 8, W, pair of tokens, token of the pair, lower half of the channels' index, upper]
+    run = tl.permute(tl.join(first, second), [0, 1, 2, 6, 5, 3, 4])
+    return tl.reshape(run, [4, 8, 4 * W, 1, 4])
+
+
+@triton.jit
+def _key_operands(
+    query_ptr, pair, head, rows, stride_query_head, stride_query_token, QUERIES_PER_KV: tl.constexpr,
+    SINGLE: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, K_WIDTH: tl.constexpr,
+):  # fmt: skip
+    # Queries as the right operand of codes of bytes, what 128 times them adds to scores, and their exponents.
+    query, exponent = load_query_lanes(
+        query_ptr, query_ptr, pair, head, rows, stride_query_head, stride_query_token,
+        QUERIES_PER_KV, False, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    query = (query * power_of_2(-exponent)[None, :, None, None]).to(tl.float16)
+    # Codes of a word come as those of its bytes 0, 2, 1 and 3.
+    query = tl.permute(tl.reshape(query, [4, COLUMNS, BLOCK_D // 16, 2, 2]), [0, 1, 2, 4, 3])
+    query = tl.reshape(query, [4, COLUMNS, BLOCK_D // (4 * K_WIDTH), K_WIDTH])
+    query = tl.reshape(tl.permute(query, [2, 0, 3, 1]), [BLOCK_D, COLUMNS])
+    zero = tl.full([DENSE_TILE, BLOCK_D], -128 / SUBNORMAL, tl.float32).to(tl.float16)
+    return query, tl.dot(zero, query), exponent
+
+
+@triton.jit
+def _load_steps(scale_ptr, token, last, CAPACITY: tl.constexpr):
+    # Float32 scales of `token` int32 [64], 4 times each -> [16, c 4].
+    scale = tl.load(scale_ptr + token % CAPACITY, mask=token < last, other=0.0)
+    return tl.reshape(scale, [DENSE_TILE, 4])
+
+
+@triton.jit
+def attend_coded_window(
+    pair, batch, head, part, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
+    rows, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
+    stride_query_batch, stride_query_head, stride_query_token,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    stride_mask_token,
+    QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr,
+    MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr, K_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`attend_window` over a ring of int8."""
+    queries, zero_scores, exponent = _key_operands(
+        query_ptr + batch * stride_query_batch, pair, head, rows, stride_query_head, stride_query_token,
+        QUERIES_PER_KV, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D, K_WIDTH,
+    )  # fmt: skip
+    score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
+    key_residual_ptr += pair * CAPACITY * HEAD_DIM
+    value_residual_ptr += pair * CAPACITY * HEAD_DIM
+    key_row_scale_ptr += pair * CAPACITY
+    value_row_scale_ptr += pair * CAPACITY
+    share = window_share(CAPACITY, WINDOW_PARTS)
+    first = packed + part * share
+    last = tl.minimum(first + share, past)
+    # As in `attend_packed`: sums are in units of the largest value scale so far, rounded up to a power of two.
+    unit = 5.9604644775390625e-08
+    row_max = tl.full([COLUMNS], NOTHING_SEEN, tl.float32)
+    row_sum = tl.zeros([8, COLUMNS], tl.float32)
+    weight_sum = tl.zeros([8, COLUMNS], tl.float32)
+    acc = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
+    own_token = tl.arange(0, 4 * DENSE_TILE) // 4
+    key_words = _load_key_rows(key_residual_ptr, first, last, CAPACITY, HEAD_DIM, BLOCK_D)
+    key_step = _load_steps(key_row_scale_ptr, first + own_token, last, CAPACITY)
+    value_words = _load_value_rows(value_residual_ptr, first, last, CAPACITY, HEAD_DIM, BLOCK_D)
+    value_step = _load_steps(value_row_scale_ptr, first + own_token, last, CAPACITY)
+    for start in tl.range(first, last, DENSE_TILE):
+        later = tl.cast(start, tl.int32) + DENSE_TILE
+        keys = left_operand(subnormal_codes(key_words ^ _SIGNS, 0, 8, False), 1, K_WIDTH)
+        scores = tl.dot(keys, queries, zero_scores)
+        scores = tl.reshape(scores, [1, DENSE_TILE, COLUMNS]) * spread(key_step.to(tl.float32), False, COLUMNS)
+        # Under way while this tile is worked on.
+        key_words = _load_key_rows(key_residual_ptr, later, last, CAPACITY, HEAD_DIM, BLOCK_D)
+        key_step = _load_steps(key_row_scale_ptr, later + own_token, last, CAPACITY)
+        token = tl.cast(start, tl.int32) + own_token
+        seen = token < last
+        if MASK and (ONE_MASK or SINGLE):
+            column = mask_ptr + tl.min(mask_offset, axis=0) + token.to(tl.int64) * stride_mask_token
+            seen = seen & (tl.load(column, mask=seen, other=0) != 0)
+        seen = spread(tl.reshape(seen, [DENSE_TILE, 4]), False, COLUMNS)
+        if MASK and not (ONE_MASK or SINGLE):
+            row = tl.cast(start, tl.int32) + tl.arange(0, DENSE_TILE)
+            entry = mask_ptr + (row.to(tl.int64) * stride_mask_token)[:, None] + mask_offset[None, :]
+            entry = tl.load(entry, mask=(row < last)[:, None] & live_columns[None, :], other=0)
+            seen = seen & (tl.reshape(entry, [1, DENSE_TILE, COLUMNS]) != 0)
+        scores = tl.where(seen, scores * score_unit[None, None, :], float("-inf"))
+        steps = value_step.to(tl.float32)
+        largest = tl.max(tl.max(steps, axis=0), axis=0)
+        above = ((largest.to(tl.int32, bitcast=True) >> 23) + 1) << 23
+        unit_now = tl.maximum(unit, above.to(tl.float32, bitcast=True))
+        inverse_now = ((254 << 23) - unit_now.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        new_max = tl.maximum(row_max, tl.max(tl.max(scores, axis=0), axis=0))
+        decay = tl.exp2(row_max - new_max)
+        row_max = new_max
+        weight = tl.exp2(scores - new_max[None, None, :])
+        row_sum = row_sum * decay[None, :] + tl.sum(tl.reshape(weight, [2, 8, COLUMNS]), axis=0)
+        lifted = spread(steps * (inverse_now * (1.0 / WEIGHT_UNIT)), False, COLUMNS)
+        weight = (weight * lifted).to(tl.float16)
+        decay = decay * (unit * inverse_now)
+        unit = unit_now
+        # Of the rounded weights, so that what 128 adds is taken off exactly.
+        total = tl.sum(tl.reshape(weight.to(tl.float32), [2, 8, COLUMNS]), axis=0)
+        weight_sum = weight_sum * decay[None, :] + total
+        weights = right_operand(tl.reshape(weight, [DENSE_TILE, COLUMNS]), K_WIDTH)
+        values = left_operand(_value_codes(value_words), 1, K_WIDTH)
+        acc = tl.dot(values, weights, acc * decay[None, :])
+        value_words = _load_value_rows(value_residual_ptr, later, last, CAPACITY, HEAD_DIM, BLOCK_D)
+        value_step = _load_steps(value_row_scale_ptr, later + own_token, last, CAPACITY)
+    row_sum = tl.sum(row_sum, axis=0)
+    acc = (acc - tl.sum(weight_sum, axis=0)[None, :] * (128 / SUBNORMAL)) * (unit * (SUBNORMAL * WEIGHT_UNIT))
+    if part == WINDOW_PARTS - 1:
+        if SINGLE:
+            exact_max, exact_sum, exact = attend_exact_once(
+                pair, batch, head, past, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
+                slot, live_columns, mask_offset, outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr,
+                stride_key_batch, stride_key_head, stride_key_token,
+                stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
+                HEAD_DIM, POOL_ROWS, MASK, COLUMNS, BLOCK_D, NEW_APART,
+            )  # fmt: skip
+            exact = _by_lane(exact, BLOCK_D, 1)
+        else:
+            exact_max, exact_sum, exact = attend_exact(
+                pair, batch, head, past, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
+                slot, live_columns, mask_offset, outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr,
+                stride_key_batch, stride_key_head, stride_key_token,
+                stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
+                HEAD_DIM, POOL_ROWS, MASK, COLUMNS, BLOCK_D, NEW_APART,
+            )  # fmt: skip
+            exact = _by_lane(exact, BLOCK_D, COLUMNS)
+        new_max = tl.maximum(row_max, exact_max)
+        decay, share_of_exact = tl.exp2(row_max - new_max), tl.exp2(exact_max - new_max)
+        row_sum = row_sum * decay + exact_sum * share_of_exact
+        acc = acc * decay[None, :] + exact * share_of_exact[None, :]
+        row_max = new_max
+    # Row R * 8 + n is channel R of those of n.
+    r = tl.arange(0, BLOCK_D)
+    channel = r % 8 * (BLOCK_D // 8) + r // 8
+    store_part(acc, row_max, row_sum, partial_ptr, log_sum_ptr, slot, channel, live_columns, HEAD_DIM)
+
+
+@triton.jit
+def _by_lane(values, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr):
+    # Rows by channel -> in the order of the product with values.
+    values = tl.permute(tl.reshape(values, [8, BLOCK_D // 8, COLUMNS]), [1, 0, 2])
+    return tl.reshape(values, [BLOCK_D, COLUMNS])
