@@ -230,9 +230,8 @@ class StepGraph:
 
     def _record(self, step: _Step, arguments: list[Any]) -> bool:
         """Record a step; say whether that was possible."""
-        recorder = RECORDERS[self._device.type](self._device, self._pool)
         try:
-            recorder.record(lambda: self._inner(*arguments))
+            recorder = self._recording(arguments)
         except RuntimeError as error:
             if not step.has_run:
                 log.debug("a step of a grown cache could not be recorded at once: %s", error)
@@ -247,6 +246,17 @@ class StepGraph:
         while len(self._recorded) > MOST_RECORDINGS:
             self._recorded.popitem(last=False)
         return True
+
+    def _recording(self, arguments: list[Any]) -> Recorder:
+        recorder = RECORDERS[self._device.type](self._device, self._pool)
+        try:
+            recorder.record(lambda: self._inner(*arguments))
+        except torch.OutOfMemoryError:
+            # What the allocator keeps for other sizes is out of reach of a recording.
+            torch.cuda.empty_cache()
+            recorder = RECORDERS[self._device.type](self._device, self._pool)
+            recorder.record(lambda: self._inner(*arguments))
+        return recorder
 
 
 def _copy(source: Tensor, buffer: Tensor, widened: int | None) -> None:

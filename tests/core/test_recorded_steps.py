@@ -137,6 +137,29 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     assert "not permitted" in told
 
 
+@pytest.mark.parametrize(
+    "failures, expected", [(1, {"warmups": 1, "recordings": 1, "replays": 3}), (2, {"warmups": 4})]
+)
+def test_a_recording_without_memory_is_tried_again_when_what_is_cached_is_free(failures, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("empty"))
+
+    class LackingRecorder(FakeRecorder):
+        def record(self, function):
+            asked.append("record")
+            if asked.count("record") <= failures:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().record(function)
+
+    with recording_on_cpu(LackingRecorder):
+        decoder, state, storage = Decoder(), torch.zeros(2), object()
+        for _ in range(4):
+            decoder(state, storage, torch.ones(2), 9)
+        assert counters == expected | ({"refusals": 1} if failures > 1 else {})
+        assert state.tolist() == [8.0, 8.0]
+    assert asked == ["record", "empty", "record"]
+
+
 def test_a_grown_cache_that_cannot_be_recorded_at_once_is_recorded_later(monkeypatch, caplog):
     with recording_on_cpu():
         decoder, x, state = Decoder(), torch.ones(2), torch.zeros(2)
