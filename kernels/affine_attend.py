@@ -156,7 +156,7 @@ def attend(
         }
         kernel, num_warps, max_registers = _decode_kernel, 1, plan.max_registers
         splits, most_splits, row_blocks = plan.splits, plan.most_splits, plan.row_blocks
-        extra = plan.window_parts + new_apart
+        extra = plan.window_parts + int(new_apart)
     else:
         exact = query.dtype == torch.float32
         block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
@@ -180,7 +180,8 @@ def attend(
     log_sum = torch.empty((all_rows, parts), dtype=torch.float32, device=query.device)
     arguments |= {"partial_ptr": partial, "log_sum_ptr": log_sum, "splits": splits}
     # More stages would send the words through shared memory.
-    grid = (batch_size * num_kv_heads, parts - new_apart, row_blocks)
+    # Of a symbolic size some torch takes off an int, not a bool.
+    grid = (batch_size * num_kv_heads, parts - int(new_apart), row_blocks)
     launch(kernel, grid, arguments, num_warps, 1, max_registers)
     combine(
         partial, log_sum, output, parts=parts, most_parts=most_splits + extra, queries_per_kv=queries_per_kv,
