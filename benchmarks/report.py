@@ -48,6 +48,10 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
         quality.ideas,
         "python -m benchmarks.quality_ideas`, also with `--model gemma3-270m` and `--model random-qwen2",
     ),
+    "quality-long": (
+        quality.variants,
+        "ottfx eval --device cuda --schemes kivi,ott+ --bits 2 --tokens 8192`, also with `--tokens 2048",
+    ),
     "quality-spread": (quality.spread, "python -m benchmarks.quality"),
 }
 """Name -> (what makes it of rows, the command that measures them)."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ottfx import affine_cache, affine_read, grid_search, outlier_pool
+from ottfx.rotation import rotate
 from ottfx.schemes import ott_plus
 from ottfx.schemes.base import ROLES
 from ottfx.window_rows import decode_rows, encode_rows
@@ -156,7 +157,8 @@ def factors_of_keys(factors: Callable[[Tensor], Tensor]) -> Iterator[None]:
             given_back[site] = {f"{role}_residual": key.new_zeros(*room, key.shape[3]) for role in ROLES}
         rows = given_back[site]
         if not latest:
-            for role, new in zip(ROLES, (key, value), strict=True):
+            stored = rotate(value) if state["rotate_values"] else value
+            for role, new in zip(ROLES, (key, stored), strict=True):
                 rows[f"{role}_residual"][:, :, past:length] = decode_rows(*encode_rows(new))
             return
         after = max(packed, (length - state["key_window"]) // step * step)

@@ -6,6 +6,7 @@ high half), scaled by a power of two that the other operand takes back. One warp
 the rows of its `n` (0..7) and the contraction elements of its `c` (0..3), which is where a 16x8x16 product wants them.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -21,8 +22,8 @@ def halves(words):
     return tl.join(low, high)
 
 
-# The interpreter has no assembler.
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# The interpreter has no assembler, and that of other makers' GPUs is another one.
+_WITHOUT_PTX = tl.constexpr(bool(triton.knobs.runtime.interpret) or torch.version.hip is not None)
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def byte_halves(words, ODD: tl.constexpr):
 
     One instruction. From the shift a compiler makes four, as it takes the halves for two numbers.
     """
-    if _INTERPRETED:
+    if _WITHOUT_PTX:
         return ((words >> 8) if ODD else words) & 0x00FF00FF
     elif ODD:
         return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x4341;", "=r,r", [words], tl.int32, True, 1)
@@ -42,7 +43,7 @@ def byte_halves(words, ODD: tl.constexpr):
 @triton.jit
 def pair_halves(first, second, UPPER: tl.constexpr):
     """Int32 with the low halves of two words, that of `first` below, or with their upper halves; one instruction."""
-    if _INTERPRETED:
+    if _WITHOUT_PTX:
         if UPPER:
             return ((first >> 16) & 0xFFFF) | (second & -65536)
         else:
