@@ -20,8 +20,10 @@ from benchmarks.scheme_patches import (
     token_norms,
 )
 from ottfx import affine_cache, effective_bits, grid_search, outlier_pool
+from ottfx.evaluate import evaluate
+from ottfx.models import load_known
 from ottfx.registry import make_config
-from ottfx.results import csv_table
+from ottfx.results import Variant, csv_table
 from ottfx.schemes import ott_plus
 
 PATCHED = (
@@ -113,6 +115,17 @@ def test_equal_factors_change_nothing(tokens, factor):
     plain = attended(*tokens, nullcontext())
     scaled = attended(*tokens, factors_of_keys(lambda group: torch.full_like(group[..., :1], factor)))
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_factors_change_nothing_in_a_compiled_model():
+    model, _ = load_known("random-qwen2")
+    variant = Variant(label="ott+", options={"scheme": "ott+", "bits": 2, "lower": "eager"})
+    ids = torch.arange(300) * 7 % model.config.vocab_size
+    results = []
+    for context in (nullcontext(), factors_of_keys(lambda group: torch.ones_like(group[..., :1]))):
+        with context:
+            results += evaluate(model, ids, [variant], num_tokens=300, start=200)
+    assert 0 < results[0].mean_kl == pytest.approx(results[1].mean_kl, rel=1e-3)
 
 
 @pytest.mark.parametrize("factors", [token_norms, dual_scales])
