@@ -127,11 +127,11 @@ def attend_exact(
     stride_mask_token, HEAD_DIM: tl.constexpr, POOL_ROWS: tl.constexpr, MASK: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr, NEW_APART: tl.constexpr,
 ):  # fmt: skip
-    """Attend over the outlier pool and the new tokens: greatest scores [COLUMNS], sums [COLUMNS], and the values
-    float32 [BLOCK_D, COLUMNS] by their weights.
+    """Attend over the outlier pool and the new tokens; with NEW_APART only the new score is stored, behind `slot`.
 
-    With NEW_APART only the score of the one new token is stored, behind `slot`.
-    """  # noqa: D205
+    The result is a running softmax: the greatest scores (base 2) and the sums of weights, both [COLUMNS], and the
+    values by their weights, float32 [BLOCK_D, COLUMNS].
+    """
     return _attend_exact(
         _load_queries(query_ptr, query_offset, live_columns, HEAD_DIM, BLOCK_D), pair, batch, head, past, q_len,
         key_ptr, value_ptr, mask_ptr, score_factor, slot, live_columns, mask_offset,
