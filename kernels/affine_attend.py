@@ -156,7 +156,7 @@ def attend(
         }
         kernel, num_warps, max_registers = _decode_kernel, 1, plan.max_registers
         splits, most_splits, row_blocks = plan.splits, plan.most_splits, plan.row_blocks
-        extra = plan.window_parts + int(new_apart)
+        extra = plan.window_parts
     else:
         exact = query.dtype == torch.float32
         block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
@@ -174,17 +174,17 @@ def attend(
             "BLOCK_D": next_power_of_2(head_dim),
         }
         kernel, max_registers = _attend_kernel, None
-    parts = splits + extra
+    # What the programs leave, and the new token's weight.
+    parts, most_parts = splits + extra + int(new_apart), most_splits + extra + int(new_apart)
     all_rows = batch_size * num_kv_heads * rows
     partial = torch.empty((all_rows, parts, head_dim), dtype=torch.float32, device=query.device)
     log_sum = torch.empty((all_rows, parts), dtype=torch.float32, device=query.device)
     arguments |= {"partial_ptr": partial, "log_sum_ptr": log_sum, "splits": splits}
     # More stages would send the words through shared memory.
-    # Of a symbolic size some torch takes off an int, not a bool.
-    grid = (batch_size * num_kv_heads, parts - int(new_apart), row_blocks)
+    grid = (batch_size * num_kv_heads, splits + extra, row_blocks)
     launch(kernel, grid, arguments, num_warps, 1, max_registers)
     combine(
-        partial, log_sum, output, parts=parts, most_parts=most_splits + extra, queries_per_kv=queries_per_kv,
+        partial, log_sum, output, parts=parts, most_parts=most_parts, queries_per_kv=queries_per_kv,
         rotation=NO_SEED.value if rotate_values else None, new_value=value if new_apart else None,
     )  # fmt: skip
     return output

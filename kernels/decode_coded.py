@@ -15,9 +15,11 @@ from ottfx.kernels.decode_single import attend_exact_once
 from ottfx.kernels.decode_tile import load_query_lanes, spread
 from ottfx.kernels.decode_window import DENSE_TILE, NOTHING_SEEN, attend_exact, store_part, window_share
 from ottfx.kernels.fragments import (
+    LEAST_UNIT,
     SUBNORMAL,
     byte_halves,
     halves,
+    larger_unit,
     left_operand,
     pair_halves,
     power_of_2,
@@ -139,7 +141,7 @@ def attend_coded_window(
     first = packed + part * share
     last = tl.minimum(first + share, past)
     # As in `attend_packed`: sums are in units of the largest value scale so far, rounded up to a power of two.
-    unit = 5.9604644775390625e-08
+    unit = LEAST_UNIT
     row_max = tl.full([COLUMNS], NOTHING_SEEN, tl.float32)
     row_sum = tl.zeros([8, COLUMNS], tl.float32)
     weight_sum = tl.zeros([8, COLUMNS], tl.float32)
@@ -170,10 +172,7 @@ def attend_coded_window(
             seen = seen & (tl.reshape(entry, [1, DENSE_TILE, COLUMNS]) != 0)
         scores = tl.where(seen, scores * score_unit[None, None, :], float("-inf"))
         steps = value_step.to(tl.float32)
-        largest = tl.max(tl.max(steps, axis=0), axis=0)
-        above = ((largest.to(tl.int32, bitcast=True) >> 23) + 1) << 23
-        unit_now = tl.maximum(unit, above.to(tl.float32, bitcast=True))
-        inverse_now = ((254 << 23) - unit_now.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        unit_now, inverse_now = larger_unit(unit, steps)
         new_max = tl.maximum(row_max, tl.max(tl.max(scores, axis=0), axis=0))
         decay = tl.exp2(row_max - new_max)
         row_max = new_max
@@ -194,24 +193,15 @@ def attend_coded_window(
     row_sum = tl.sum(row_sum, axis=0)
     acc = (acc - tl.sum(weight_sum, axis=0)[None, :] * (128 / SUBNORMAL)) * (unit * (SUBNORMAL * WEIGHT_UNIT))
     if part == WINDOW_PARTS - 1:
-        if SINGLE:
-            exact_max, exact_sum, exact = attend_exact_once(
-                pair, batch, head, past, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
-                slot, live_columns, mask_offset, outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr,
-                stride_key_batch, stride_key_head, stride_key_token,
-                stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
-                HEAD_DIM, POOL_ROWS, MASK, COLUMNS, BLOCK_D, NEW_APART,
-            )  # fmt: skip
-            exact = _by_lane(exact, BLOCK_D, 1)
-        else:
-            exact_max, exact_sum, exact = attend_exact(
-                pair, batch, head, past, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
-                slot, live_columns, mask_offset, outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr,
-                stride_key_batch, stride_key_head, stride_key_token,
-                stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
-                HEAD_DIM, POOL_ROWS, MASK, COLUMNS, BLOCK_D, NEW_APART,
-            )  # fmt: skip
-            exact = _by_lane(exact, BLOCK_D, COLUMNS)
+        attend: tl.constexpr = attend_exact_once if SINGLE else attend_exact
+        exact_max, exact_sum, exact = attend(
+            pair, batch, head, past, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
+            slot, live_columns, mask_offset, outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr,
+            stride_key_batch, stride_key_head, stride_key_token,
+            stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
+            HEAD_DIM, POOL_ROWS, MASK, COLUMNS, BLOCK_D, NEW_APART,
+        )  # fmt: skip
+        exact = _by_lane(exact, BLOCK_D)
         new_max = tl.maximum(row_max, exact_max)
         decay, share_of_exact = tl.exp2(row_max - new_max), tl.exp2(exact_max - new_max)
         row_sum = row_sum * decay + exact_sum * share_of_exact
@@ -224,7 +214,8 @@ def attend_coded_window(
 
 
 @triton.jit
-def _by_lane(values, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr):
+def _by_lane(values, BLOCK_D: tl.constexpr):
     # Rows by channel -> in the order of the product with values.
+    COLUMNS: tl.constexpr = values.shape[1]
     values = tl.permute(tl.reshape(values, [8, BLOCK_D // 8, COLUMNS]), [1, 0, 2])
     return tl.reshape(values, [BLOCK_D, COLUMNS])

@@ -11,7 +11,9 @@ import triton.language as tl
 from ottfx.kernels.decode_tile import by_row, lane_token, load_keys, load_query_lanes, load_values, row_token, spread
 from ottfx.kernels.decode_window import NOTHING_SEEN, store_part
 from ottfx.kernels.fragments import (
+    LEAST_UNIT,
     SUBNORMAL,
+    larger_unit,
     left_operand,
     lift_exponent,
     power_of_2,
@@ -155,7 +157,7 @@ def attend_packed(
     zero_sum = tl.zeros([8, SEEN], tl.float32)
     acc = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
     # `acc` counts in units of the largest value scale so far, rounded up to a power of two.
-    unit = 5.9604644775390625e-08
+    unit = LEAST_UNIT
     key_words, key_plane, key_scale, key_zero_point = load_keys(
         first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
         KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
@@ -195,10 +197,7 @@ def attend_packed(
                 NG, TILE, COLUMNS, SINGLE, ONE_MASK,
             )  # fmt: skip
         value_scale = tl.abs(value_scale)
-        largest = tl.max(tl.max(value_scale, axis=0), axis=0)
-        above = ((largest.to(tl.int32, bitcast=True) >> 23) + 1) << 23
-        unit_now = tl.maximum(unit, above.to(tl.float32, bitcast=True))
-        inverse_now = ((254 << 23) - unit_now.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        unit_now, inverse_now = larger_unit(unit, value_scale)
         weight_scale = value_scale * (value_lift * inverse_now)
 
         new_max = tl.maximum(row_max, tl.max(tl.max(scores, axis=0), axis=0) * score_unit)

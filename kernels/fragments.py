@@ -88,6 +88,20 @@ def power_of_2(exponent):
     return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
 
 
+LEAST_UNIT = tl.constexpr(5.9604644775390625e-08)
+"""2**-24: no float16 is smaller."""
+
+
+@triton.jit
+def larger_unit(unit, scale):
+    """The unit, a power of two, in which no `scale` float32 [T, C] so far is more than 1, and one over it."""
+    largest = tl.max(tl.max(scale, axis=0), axis=0)
+    above = ((largest.to(tl.int32, bitcast=True) >> 23) + 1) << 23
+    unit_now = tl.maximum(unit, above.to(tl.float32, bitcast=True))
+    inverse_now = ((254 << 23) - unit_now.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    return unit_now, inverse_now
+
+
 @triton.jit
 def subnormal_codes(words, plane, BITS: tl.constexpr, MIXED: tl.constexpr):
     """Codes of neighbouring elements as float16, each `code * 2**(lift_exponent(element) - 24)`.

@@ -231,7 +231,12 @@ class StepGraph:
     def _record(self, step: _Step, arguments: list[Any]) -> bool:
         """Record a step; say whether that was possible."""
         try:
-            recorder = self._recording(arguments)
+            try:
+                recorder = self._recording(arguments)
+            except torch.OutOfMemoryError:
+                # What the allocator keeps for other sizes is out of reach of a recording.
+                torch.cuda.empty_cache()
+                recorder = self._recording(arguments)
         except RuntimeError as error:
             if not step.has_run:
                 log.debug("a step of a grown cache could not be recorded at once: %s", error)
@@ -249,13 +254,7 @@ class StepGraph:
 
     def _recording(self, arguments: list[Any]) -> Recorder:
         recorder = RECORDERS[self._device.type](self._device, self._pool)
-        try:
-            recorder.record(lambda: self._inner(*arguments))
-        except torch.OutOfMemoryError:
-            # What the allocator keeps for other sizes is out of reach of a recording.
-            torch.cuda.empty_cache()
-            recorder = RECORDERS[self._device.type](self._device, self._pool)
-            recorder.record(lambda: self._inner(*arguments))
+        recorder.record(lambda: self._inner(*arguments))
         return recorder
 
 

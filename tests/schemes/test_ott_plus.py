@@ -129,13 +129,14 @@ def test_only_those_that_take_part_decide():
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_symmetric_grids_of_a_normal_distribution_are_near_the_best(bits):
-    # Errors of the best uniform grid for a normal distribution: Max (1960), table II. Fourth powers ask for wider ones.
-    best = {2: 0.1188, 3: 0.03744, 4: 0.01154, 8: 1e-4}[bits]
+    # Errors of the best uniform grid for a normal distribution: Max (1960), table II; of 8 bits roughly. Grids chosen
+    # by fourth powers are a little wider.
+    best, over = {2: (0.1188, 1.17), 3: (0.03744, 1.08), 4: (0.01154, 1.02), 8: (1e-4, 3)}[bits]
     x = torch.randn(400, 128, generator=torch.Generator().manual_seed(0))
     codes, scale = search_symmetric(x, bits)
     assert codes.max().item() < 2**bits and (scale > 0).all()
     error = (dequantize_symmetric(codes, scale, bits) - x).square().mean().item()
-    assert error < best * (1.2 if bits < 8 else 3)
+    assert error < best * over
 
 
 def test_symmetric_grids_of_zeros_and_of_what_is_not_finite():
