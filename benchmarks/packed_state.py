@@ -14,6 +14,30 @@ from ottfx.schemes.base import PAGE, ROLES, CacheShape, SchemeConfig
 Halves = tuple[CacheHalf, CacheHalf]
 
 
+def empty_halves(
+    config: SchemeConfig,
+    *,
+    batch_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    room: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Halves:
+    """Make keys and values of one layer that hold nothing, with room for `room` tokens; else as `random_halves`."""
+    scheme = get_scheme(config.scheme)
+    shape = CacheShape(
+        batch_size=batch_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        pages=pages_to_allocate(scheme.pages_needed(config, room), 0),
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    key, value = (CacheHalf.allocate(scheme, config, role, shape) for role in ROLES)
+    return key, value
+
+
 def random_halves(
     config: SchemeConfig,
     *,
@@ -41,16 +65,10 @@ def random_halves(
         device: where.
         room: tokens that may be appended.
     """
-    scheme = get_scheme(config.scheme)
-    shape = CacheShape(
-        batch_size=batch_size,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        pages=pages_to_allocate(scheme.pages_needed(config, length + room), 0),
-        dtype=dtype,
-        device=torch.device(device),
-    )
-    key, value = (CacheHalf.allocate(scheme, config, role, shape) for role in ROLES)
+    key, value = empty_halves(
+        config, batch_size=batch_size, num_kv_heads=num_kv_heads, head_dim=head_dim, room=length + room, dtype=dtype,
+        device=device,
+    )  # fmt: skip
     for half in (key, value):
         for name, tensor in half.tensors.items():
             _fill(name, tensor)

@@ -6,45 +6,69 @@ import pytest
 import torch
 
 from benchmarks import outlier_seats
-from benchmarks.outlier_seats import NO_POOL, Layer, Way, given_back, losses, page_outliers, with_page_seats
+from benchmarks.outlier_seats import (
+    NO_POOL,
+    QUARTERS,
+    Layer,
+    Way,
+    given_back,
+    losses,
+    page_outliers,
+    with_page_seats,
+)
+from ottfx.dense_run import AskedLayer
+
+
+def asked(key, value, query):
+    held, queries = key.shape[1], query.shape[1]
+    seen = torch.arange(held) <= torch.arange(held - queries, held).unsqueeze(-1)
+    bias = torch.zeros(1, queries, held).masked_fill(~seen, -torch.inf)
+    return AskedLayer(key=key, value=value, query=query, bias=bias, softmax_scale=32**-0.5)
 
 
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    key, value = (torch.randn(1, 2, 512, 32) + 3 * torch.randn(32) for _ in range(2))
-    key[:, :, 200] = key[:, :, 300] = 0.01
-    return Layer(index=3, query=torch.randn(1, 4, 512 // outlier_seats.EVERY_QUERY, 32), key=key, value=value)
+    key, value = (torch.randn(2, 512, 32) + 3 * torch.randn(32) for _ in range(2))
+    key[:, 200] = key[:, 300] = 0.01
+    ends = [128 * quarter for quarter in QUARTERS]
+    return Layer(index=3, at_quarters=[asked(key[:, :end], value[:, :end], torch.randn(4, 8, 32)) for end in ends])
 
 
 def test_the_lowest_norm_of_each_page_has_a_seat(layer):
-    seated = page_outliers(layer.key, Way(name="", options={}, page_seats=1))
-    assert seated.shape == (1, 2, 512, 1) and seated.unflatten(2, (4, 128)).sum(3).eq(1).all()
-    assert seated[:, :, 200].all() and seated[:, :, 300].all()
-    only_small = page_outliers(layer.key, Way(name="", options={}, page_seats=2, below=0.1))
-    assert only_small.nonzero()[:, 2].tolist() == [200, 300] * 2
+    key, _ = layer.rows
+    seated = page_outliers(key, Way(name="", options={}, page_seats=1))
+    assert seated.shape == (2, 512, 1) and seated.unflatten(1, (4, 128)).sum(2).eq(1).all()
+    assert seated[:, 200].all() and seated[:, 300].all()
+    only_small = page_outliers(key, Way(name="", options={}, page_seats=2, below=0.1))
+    assert only_small.nonzero()[:, 1].tolist() == [200, 300] * 2
 
 
 def test_seated_tokens_are_nearly_exact_and_their_pages_better_off(layer):
-    (key, value), taken = with_page_seats(layer, Way(name="", options=NO_POOL, page_seats=1))
+    read, taken = with_page_seats(layer, Way(name="", options=NO_POOL, page_seats=1))
     assert taken == 1
-    for rows, exact in ((key, layer.key), (value, layer.value)):
-        assert (rows - exact)[:, :, [200, 300]].abs().max() < 0.01 * exact.abs().max()
-    without = given_back(layer, NO_POOL, layer.key, layer.value)[0]
-    errors = [(rows - layer.key).square()[:, :, 128:384].mean() for rows in (key, without)]
+    assert [key.shape[1] for key, _ in read] == [128, 256, 384, 512]
+    for rows, exact in zip(read[-1], layer.rows, strict=True):
+        assert (rows - exact)[:, [200, 300]].abs().max() < 0.01 * exact.abs().max()
+    without, _ = given_back(layer.index, NO_POOL, layer.rows)[-1]
+    errors = [(rows - layer.rows[0]).square()[:, 128:384].mean() for rows in (read[-1][0], without)]
     assert errors[0] < 0.8 * errors[1]
 
 
 def test_losses_are_those_of_the_definition(layer):
-    assert losses(layer, layer.key, layer.value) == ([0.0] * 4, [0.0] * 4)
-    kl, error = losses(layer, layer.key + 0.1 * torch.randn_like(layer.key), layer.value)
+    def changed(function):
+        return [(function(asked.key), asked.value) for asked in layer.at_quarters]
+
+    assert losses(layer, changed(torch.clone)) == ([0.0] * 4, [0.0] * 4)
+    kl, error = losses(layer, changed(lambda key: key + 0.1 * torch.randn_like(key)))
     assert all(0 < one < 1 for one in (*kl, *error))
-    query, heads = layer.query[:, :, 28:], [rows.repeat_interleave(2, 1) for rows in (layer.key, layer.key * 0.5)]
-    seen = torch.arange(512) <= torch.tensor([448, 464, 480, 496]).unsqueeze(-1)
+    key, _ = layer.rows
+    query, heads = layer.at_quarters[-1].query, [rows.repeat_interleave(2, 0) for rows in (key, key * 0.5)]
+    seen = torch.arange(512) <= torch.arange(504, 512).unsqueeze(-1)
     weights = ((query @ keys.transpose(-1, -2) / 32**0.5).exp() * seen for keys in heads)
     dense, other = (rows / rows.sum(-1, keepdim=True) for rows in weights)
     expected = torch.where(seen, dense * (dense / other).log(), 0.0).sum(-1).mean()
-    assert losses(layer, layer.key * 0.5, layer.value)[0][3] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses(layer, changed(lambda key: key * 0.5))[0][3] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_run_writes_a_row_for_each_way(tmp_path, monkeypatch):
