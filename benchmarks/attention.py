@@ -36,7 +36,7 @@ QUERY_LENGTHS = (1, 2, 4)
 WIDTHS = (2, 3, 4)
 GROUP_SIZES = (128, 64, 32)
 PARTS = ("packed", "complete", "plus")
-"""`packed`: codes only. `complete`: the window and the outlier pool as well. `plus`: complete, stored by `ott+`."""
+"""`packed`: codes only. `complete`: the window and the outlier pool as well. `plus`: `ott+`, window and seats."""
 PEERS = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -64,9 +64,10 @@ class Setting:
 
     def config(self) -> OTTConfig:
         """How the cache is stored."""
+        if self.part == "plus":
+            return OTTPlusConfig(bits=self.bits, group_size=self.group_size, residual_length=RESIDUAL)
         complete = self.part != "packed"
-        kind = OTTPlusConfig if self.part == "plus" else OTTConfig
-        return kind(
+        return OTTConfig(
             bits=self.bits,
             group_size=self.group_size,
             value_group_size=self.heads.head_dim,

@@ -53,7 +53,7 @@ def random_halves(
 
     Codes are random words, scales small and positive, zero points negative, so that dequantized keys and values are
     around 0. All seats of an outlier pool are taken, by the first tokens, whose slots are marked; half of the spill
-    pool is in use, so outliers are still traced.
+    pool is in use, so outliers are still traced. Seats of groups are those of the first tokens of each.
 
     Args:
         config: of one layer (`at_layer` resolved).
@@ -75,6 +75,8 @@ def random_halves(
         half.advance(length)
     if "spill_count" in key.tensors:
         _take_seats(key, value)
+    if "seat_row" in key.tensors:
+        _take_group_seats(key, value)
     return key, value
 
 
@@ -106,6 +108,16 @@ def _take_seats(key: CacheHalf, value: CacheHalf) -> None:
     value.tensors["value_scale"][:, :, 0, 0, :taken].neg_()
 
 
+def _take_group_seats(key: CacheHalf, value: CacheHalf) -> None:
+    groups = key.tensors["key_scale"].shape[3]
+    rows = key.tensors["seat_row"].unflatten(3, (groups, -1))
+    first = PAGE // groups * torch.arange(groups, dtype=rows.dtype, device=rows.device).unsqueeze(-1)
+    rows.copy_(first + torch.arange(rows.shape[4], dtype=rows.dtype, device=rows.device))
+    value.tensors["value_seat_row"].copy_(key.tensors["seat_row"])
+    slots = value.tensors["value_scale"][:, :, :, 0].unflatten(3, (groups, -1))
+    slots[..., : rows.shape[4]].neg_()
+
+
 def operands(halves: Halves) -> tuple[Any, ...]:
     """Return what both ops take at the end: the state of keys and values, and the scheme's constants."""
     state = [tensor for half in halves for tensor in half.tensors.values()]
@@ -121,7 +133,7 @@ def lengths(halves: Halves) -> Tensor:
 def bytes_read(halves: Halves) -> int:
     """Return the bytes of state that attention over these halves reads.
 
-    Codes, scales and zero points of the packed tokens, the full-precision tokens behind them, and the pool's rows.
+    Codes, scales and zero points of the packed tokens, the tokens of the window, the pool's rows or the seats.
     """
     key, value = halves
     packed = value.packed
@@ -132,5 +144,7 @@ def bytes_read(halves: Halves) -> int:
         total += paged * packed // (half.shape.pages * PAGE)
         rows = max(half.tensors[f"{half.role}_residual"].shape[2], 1)
         total += parts["residual"] // rows * (half.high - packed)
-        total += parts.get("pool", 0)
+        seats = half.tensors.get(f"seat_{half.role}")
+        of_seats = 0 if seats is None else seats.nbytes + half.tensors[f"seat_{half.role}_scale"].nbytes
+        total += parts.get("pool", 0) - of_seats + of_seats * packed // (half.shape.pages * PAGE)
     return total

@@ -15,7 +15,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -41,6 +41,8 @@ from ottfx.results import Result, Variant, write_results
 from ottfx.schemes.base import PAGE, CacheShape, Role, Scheme, SchemeConfig
 
 PLAIN = "ott+ 2-bit"
+POOL = {"group_seats": 0, "outlier_capacity": 3}
+"""All rows keep outliers in a pool, as `ott+` did when its parts were chosen."""
 ExtraBits = Callable[[Role, int], float]
 """(half, head_dim) -> bits of a packed element that an idea stores and the state tensors do not show."""
 
@@ -56,7 +58,7 @@ class Idea:
 
     def variant(self) -> Variant:
         """Return what `ottfx.evaluate` measures."""
-        return Variant(label=f"{PLAIN}, {self.name}", options={"scheme": "ott+", "bits": 2, **self.options})
+        return Variant(label=f"{PLAIN}, {self.name}", options={"scheme": "ott+", "bits": 2, **POOL, **self.options})
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -152,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / FOLDER / "quality-ideas")
     options = parser.parse_args(arguments)
     ideas = {idea.variant().label: idea for idea in IDEAS}
-    every = [*default_variants(["ott+"], ["2"], OPTIONS[options.model]), *(idea.variant() for idea in IDEAS)]
+    varied = default_variants(["ott+"], ["2"], OPTIONS[options.model])
+    varied = [replace(variant, options={**POOL, **variant.options}) for variant in varied]
+    every = [*varied, *(idea.variant() for idea in IDEAS)]
     chosen = [PLAIN, *(f"{PLAIN}{mark}{name}" for name in options.only or names for mark in (" ", ", "))]
     variants = [variant for variant in every if variant.label in chosen]
     measure = evaluate._measure

@@ -11,6 +11,7 @@ from torch import Tensor
 from ottfx.kernels.affine_select import _select_outliers_kernel
 from ottfx.kernels.affine_store import _store_tokens_kernel
 from ottfx.kernels.encode_pages import encode_pages
+from ottfx.kernels.group_seats import seat_tokens
 from ottfx.kernels.key_order import order_channels
 from ottfx.kernels.launch import at_most, channel_chunk, dense_rows, launch, next_power_of_2, row_strides
 from ottfx.kernels.rotate import block_size, rotate
@@ -48,6 +49,12 @@ def append(
     outlier_value: Tensor | None = None,
     value_outlier_position: Tensor | None = None,
     spill_count: Tensor | None = None,
+    seat_key: Tensor | None = None,
+    seat_key_scale: Tensor | None = None,
+    seat_row: Tensor | None = None,
+    seat_value: Tensor | None = None,
+    seat_value_scale: Tensor | None = None,
+    value_seat_row: Tensor | None = None,
     key_order: Tensor | None = None,
     key_residual_scale: Tensor | None = None,
     value_residual_scale: Tensor | None = None,
@@ -89,6 +96,12 @@ def append(
         outlier_value: state of the pool.
         value_outlier_position: state of the pool.
         spill_count: state of the pool.
+        seat_key: state of the seats of groups; all six or none, and not with a pool.
+        seat_key_scale: state of the seats.
+        seat_row: state of the seats.
+        seat_value: state of the seats.
+        seat_value_scale: state of the seats.
+        value_seat_row: state of the seats.
         key_order: state, if key codes are of mixed widths.
         key_residual_scale: state, if the window is in 8 bits; then keys and values have one schedule.
         value_residual_scale: see `key_residual_scale`.
@@ -115,6 +128,11 @@ def append(
     ring = key_residual.shape[2]
     chunk = channel_chunk(head_dim)
     traces = outlier_capacity > 0 and outlier_key is not None
+    every_seat = {
+        "seat_key": seat_key, "seat_key_scale": seat_key_scale, "seat_row": seat_row,
+        "seat_value": seat_value, "seat_value_scale": seat_value_scale, "value_seat_row": value_seat_row,
+    }  # fmt: skip
+    seats = {name: tensor for name, tensor in every_seat.items() if tensor is not None}
     most_keys_due = -(-q_len // key_step) * key_step
     # Sizes are known up to a bound when a step is compiled: one that never fills a page needs no encoder.
     encodes = head_dim & (head_dim - 1) == 0 and not at_most(q_len, PAGE)
@@ -125,7 +143,7 @@ def append(
         hard = torch.empty((batch_size, num_kv_heads, most_pages), dtype=torch.int8, device=key.device)
     if encodes and traces:
         score = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.float32, device=key.device)
-    if traces:
+    if traces or seats:
         replaced = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.int8, device=key.device)
     common: dict[str, Any] = {
         "key_ptr": key,
@@ -161,15 +179,20 @@ def append(
     }
     if value_zero_point is None:
         value_zero_point = value_scale
-    # The encoder needs the order; without it, the selection of outliers decides the order in the same launch.
-    orders_apart = encodes or not traces
+    # The encoder needs the order; without it, whoever keeps tokens apart decides the order in the same launch.
+    orders_apart = encodes or not (traces or seats)
     if key_order is not None and orders_apart:
         order_channels(common, key_order, key_window, key_step)
+    if seats:
+        seat_tokens(
+            common, seats, key_order, window=key_window, step=key_step, norm=score_norm,
+            orders=key_order is not None and not orders_apart,
+        )  # fmt: skip
     if encodes:
         encode_pages(
             common, score, key_codes, key_scale, key_zero_point, value_codes, value_scale, value_zero_point,
             bits=(key_bits, value_bits), windows=(key_window, value_window), steps=(key_step, value_step),
-            norm=score_norm, traces=traces, codes=codes,
+            norm=score_norm, traces=traces, seated=bool(seats), codes=codes,
         )  # fmt: skip
     if traces:
         assert outlier_key is not None
@@ -214,9 +237,10 @@ def append(
             "KEY_STEP": key_step,
             "VALUE_WINDOW": value_window,
             "VALUE_STEP": value_step,
-            "HAS_OUTLIERS": traces,
+            "HAS_OUTLIERS": traces or bool(seats),
+            "SEATED": bool(seats),
             "MEAN_OF_REST": replacement == "rest",
-            "MARK": mask_replaced,
+            "MARK": mask_replaced or bool(seats),
             "WRITE_BACK": not one_schedule,
             "KEY_PARTS": key_parts,
             "VALUE_PARTS": value_parts,

@@ -38,6 +38,11 @@ def attend(
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
+    seat_key: Tensor | None = None,
+    seat_key_scale: Tensor | None = None,
+    seat_row: Tensor | None = None,
+    seat_value: Tensor | None = None,
+    seat_value_scale: Tensor | None = None,
     key_order: Tensor | None = None,
     key_residual_scale: Tensor | None = None,
     value_residual_scale: Tensor | None = None,
@@ -70,6 +75,11 @@ def attend(
         outlier_key: state of the pool, all three or none; zero rows are allowed.
         outlier_position: state of the pool.
         outlier_value: state of the pool.
+        seat_key: state of the seats of groups; all five or none.
+        seat_key_scale: state of the seats.
+        seat_row: state of the seats.
+        seat_value: state of the seats.
+        seat_value_scale: state of the seats.
         key_order: state, if key codes are of mixed widths.
         key_residual_scale: state, if the window is in 8 bits; `value_residual_scale` alike.
         value_residual_scale: see `key_residual_scale`.
@@ -86,12 +96,17 @@ def attend(
     queries_per_kv = num_heads // num_kv_heads
     rows = q_len * queries_per_kv
     pool_rows = 0 if outlier_key is None else outlier_key.shape[2]
+    page_seats = 0 if seat_row is None else seat_row.shape[3]
     additive = mask is not None and mask.is_floating_point()
     decodes = query.dtype in HALVES and value_scale.shape[3] == 1 and at_most(rows, MOST_ROWS) and not additive
+    # It reads seats as it does a window in 8 bits.
+    decodes = decodes and (page_seats == 0 or key_residual.dtype == torch.int8)
     # The value of one new token need not be rotated: it joins what was rotated back.
     new_apart = rotate_values and decodes and at_most(q_len, 1)
     if rotate_values and not new_apart:
         value = rotate(value, False, value.dtype)
+    key_row_scale = lengths if key_residual_scale is None else key_residual_scale
+    value_row_scale = lengths if value_residual_scale is None else value_residual_scale
     output = torch.empty((batch_size, num_heads, q_len, head_dim), dtype=query.dtype, device=query.device)
     arguments: dict[str, Any] = {
         "query_ptr": query,
@@ -106,12 +121,17 @@ def attend(
         "value_codes_ptr": value_codes,
         "value_scale_ptr": value_scale,
         "value_zero_point_ptr": value_scale if value_zero_point is None else value_zero_point,
-        "key_row_scale_ptr": lengths if key_residual_scale is None else key_residual_scale,
+        "key_row_scale_ptr": key_row_scale,
         "value_residual_ptr": value_residual,
-        "value_row_scale_ptr": lengths if value_residual_scale is None else value_residual_scale,
+        "value_row_scale_ptr": value_row_scale,
         "outlier_key_ptr": outlier_key if pool_rows else key_residual,
         "outlier_position_ptr": outlier_position if pool_rows else lengths,
         "outlier_value_ptr": outlier_value if pool_rows else value_residual,
+        "seat_key_ptr": seat_key if page_seats else key_residual,
+        "seat_key_scale_ptr": seat_key_scale if page_seats else key_row_scale,
+        "seat_row_ptr": seat_row if page_seats else lengths,
+        "seat_value_ptr": seat_value if page_seats else value_residual,
+        "seat_value_scale_ptr": seat_value_scale if page_seats else value_row_scale,
         "key_order_ptr": lengths if key_order is None else key_order,
         **row_strides(query=query, key=key, value=value),
         **mask_strides(mask),
@@ -129,6 +149,7 @@ def attend(
         "SYMMETRIC": value_zero_point is None,
         "GROUP": PAGE // key_scale.shape[3],
         "POOL_ROWS": pool_rows,
+        "PAGE_SEATS": page_seats,
     }
     if decodes:
         plan = decode_plan(
@@ -140,6 +161,7 @@ def attend(
             group_size=arguments["GROUP"],
             ring_rows=arguments["CAPACITY"],
             pages=arguments["pages"],
+            page_seats=page_seats,
         )
         arguments |= {
             "MASK": mask is not None,
@@ -148,7 +170,7 @@ def attend(
             "COLUMNS": plan.columns,
             "TILE": TILE,
             "BLOCK_D": plan.block_d,
-            "WINDOW_PARTS": plan.window_parts,
+            "window_parts": plan.window_parts,
             "NEW_APART": new_apart,
             # With a pool both halves are packed by whole groups (docs/storage.md).
             "WHOLE_TILES": outlier_key is not None and arguments["GROUP"] % TILE == 0,
@@ -156,14 +178,14 @@ def attend(
         }
         kernel, num_warps, max_registers = _decode_kernel, 1, plan.max_registers
         splits, most_splits, row_blocks = plan.splits, plan.most_splits, plan.row_blocks
-        extra = plan.window_parts
+        extra, most_extra = plan.window_parts, plan.most_window_parts
     else:
         exact = query.dtype == torch.float32
         block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
         row_blocks = -(-rows // block_m)
         # Enough programs to fill a GPU at batch 1; a long chunk has them in its row blocks already.
         most_splits = min(max(256 // num_kv_heads, 4), 32)
-        splits, extra = torch.sym_max(1, most_splits // row_blocks), 1
+        splits, extra, most_extra = torch.sym_max(1, most_splits // row_blocks), 1, 1
         arguments |= {
             "VALUE_GROUPS": value_scale.shape[3],
             "MASK": 0 if mask is None else 2 if additive else 1,
@@ -175,7 +197,7 @@ def attend(
         }
         kernel, max_registers = _attend_kernel, None
     # What the programs leave, and the new token's weight.
-    parts, most_parts = splits + extra + int(new_apart), most_splits + extra + int(new_apart)
+    parts, most_parts = splits + extra + int(new_apart), most_splits + most_extra + int(new_apart)
     all_rows = batch_size * num_kv_heads * rows
     partial = torch.empty((all_rows, parts, head_dim), dtype=torch.float32, device=query.device)
     log_sum = torch.empty((all_rows, parts), dtype=torch.float32, device=query.device)

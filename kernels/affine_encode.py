@@ -8,7 +8,7 @@ it: `hard` says which. What is stored is defined in docs/storage.md, `Codes`, `S
 import triton
 import triton.language as tl
 
-from ottfx.kernels.affine_pack import key_levels, stored_channels
+from ottfx.kernels.affine_pack import key_levels, marked, stored_channels
 from ottfx.kernels.grid_search import search_range, symmetric_scale
 from ottfx.kernels.packing import (
     FINITE_MAX,
@@ -46,15 +46,14 @@ def _third_bit_plane(bits):
     return tl.sum(tl.sum(((bits >> 2) & 1) << shift, axis=2), axis=0)
 
 
-@triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages", "scores_per_head"])
+@triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages", "flags_per_head"])
 def _encode_key_pages_kernel(
     key_ptr, valid_ptr, lengths_ptr, order_ptr, codes_ptr, scale_ptr, zero_point_ptr, score_ptr, hard_ptr,
-    stride_key_batch, stride_key_head, stride_key_token,
-    site, q_len, pages, most_pages, scores_per_head,
+    replaced_ptr, stride_key_batch, stride_key_head, stride_key_token,
+    site, q_len, pages, most_pages, flags_per_head,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, MIXED: tl.constexpr,
     SEARCH: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_OUTLIERS: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, SEATED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pages, most_pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(most_pages, tl.int32)
@@ -74,6 +73,10 @@ def _encode_key_pages_kernel(
         if HAS_VALID:
             valid = tl.load(valid_ptr + pair // NUM_KV_HEADS * q_len + first + row)
             easy = tl.min((valid != 0).to(tl.int32), axis=0)
+        free = tl.full([GROUPS, GROUP, 1], 1, tl.int1)
+        if SEATED:
+            seated = tl.load(replaced_ptr + pair * flags_per_head + (page * PAGE - packed) + row)
+            free = tl.reshape(seated == 0, [GROUPS, GROUP])[:, :, None]
         score = tl.zeros([PAGE], tl.float32)
         new_ptr = key_ptr + pair // NUM_KV_HEADS * stride_key_batch + pair % NUM_KV_HEADS * stride_key_head
         new_ptr += first.to(tl.int64) * stride_key_token
@@ -95,10 +98,10 @@ def _encode_key_pages_kernel(
                 grouped = tl.reshape(x, [GROUPS, GROUP, CHUNK])
                 # [GROUPS, CHUNK]
                 levels = tl.broadcast_to(key_levels(channel, BITS, MIXED)[None, :], [GROUPS, CHUNK])
-                low, high = tl.min(grouped, axis=1), tl.max(grouped, axis=1)
+                low = tl.min(tl.where(free, grouped, FINITE_MAX), axis=1)
+                high = tl.max(tl.where(free, grouped, -FINITE_MAX), axis=1)
                 if SEARCH:
-                    everyone = tl.full([GROUPS, GROUP, 1], 1, tl.int1)
-                    scale, zero_point = search_range(grouped, everyone, low, high, levels, GROUPS, GROUP, CHUNK)
+                    scale, zero_point = search_range(grouped, free, low, high, levels, GROUPS, GROUP, CHUNK)
                 else:
                     scale, zero_point = group_constants(low, high, levels)
                 steps = steps_of(
@@ -138,18 +141,18 @@ def _encode_key_pages_kernel(
                 score = tl.sqrt_rn(score)
             if HAS_VALID:
                 score = tl.where(valid != 0, score, float("inf"))
-            tl.store(score_ptr + pair * scores_per_head + (page * PAGE - packed) + row, score)
+            tl.store(score_ptr + pair * flags_per_head + (page * PAGE - packed) + row, score)
         tl.store(hard_ptr + pair * most_pages + index, (easy == 0).to(tl.int8))
 
 
-@triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages"])
+@triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages", "flags_per_head"])
 def _encode_value_pages_kernel(
-    value_ptr, valid_ptr, lengths_ptr, codes_ptr, scale_ptr, zero_point_ptr, hard_ptr,
+    value_ptr, valid_ptr, lengths_ptr, codes_ptr, scale_ptr, zero_point_ptr, hard_ptr, replaced_ptr,
     stride_value_batch, stride_value_head, stride_value_token,
-    site, q_len, pages, most_pages,
+    site, q_len, pages, most_pages, flags_per_head,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
     SEARCH: tl.constexpr, VALUE_GROUPS: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
-    HAS_VALID: tl.constexpr,
+    HAS_VALID: tl.constexpr, SEATED: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes an integer without a known bound as int64.
     q_len, pages, most_pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(most_pages, tl.int32)
@@ -219,6 +222,9 @@ def _encode_value_pages_kernel(
                 )
                 tl.store(zero_point_ptr + offset, zero_point)
             bits = code_bits(tl.reshape(steps, [STRIPS, HEAD_DIM]))
+            if SEATED:
+                seated = tl.load(replaced_ptr + pair * flags_per_head + (page * PAGE - packed) + token) != 0
+                scale = tl.where(seated[:, None] & (group == 0)[None, :], marked(scale), scale)
             tl.store(scale_ptr + offset, scale)
             if BITS == 3:
                 plane += ((bits >> 2) & 1) << bit_position(member, 1)

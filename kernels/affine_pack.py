@@ -72,8 +72,8 @@ def pack_key_page(
     pair, page, channel_start, key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, valid_ptr, ring_valid_ptr,
     replaced_ptr, order_ptr, codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
     BITS: tl.constexpr, MIXED: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, SEATED: tl.constexpr,
+    MEAN_OF_REST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Quantize the due tokens of one page of keys, CHUNK stored channels of them from `channel_start` on."""
     GROUPS: tl.constexpr = PAGE // GROUP
@@ -92,7 +92,10 @@ def pack_key_page(
     if HAS_OUTLIERS:
         kept = real & (tl.load(replaced_ptr + (token - packed), mask=due, other=0) == 0)
     members = kept
-    if not MEAN_OF_REST:
+    if SEATED:
+        # Coded like any other, in ranges that are those of the others.
+        kept = real
+    elif not MEAN_OF_REST:
         members = real
 
     # [GROUPS, GROUP, CHUNK]
@@ -128,6 +131,12 @@ def pack_key_page(
     tl.store(zero_point_ptr + offset, zero_point, mask=group_due)
     page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
     _store_key_codes(page_ptr, tl.reshape(codes, [PAGE, CHUNK]), due, channel_start, BITS, MIXED, HEAD_DIM, CHUNK)
+
+
+@triton.jit
+def marked(scale):
+    """Scales float16 of tokens that are kept apart: with the sign bit, not negated, so that one of 0 is marked too."""
+    return (scale.to(tl.int16, bitcast=True) | -32768).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -184,7 +193,8 @@ def pack_value_strip(
     codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
     BITS: tl.constexpr, SYMMETRIC: tl.constexpr, SEARCH: tl.constexpr, GROUP: tl.constexpr,
     VALUE_GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, SEATED: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """Quantize the due tokens among the 16 of one strip of a page of values."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
@@ -205,6 +215,8 @@ def pack_value_strip(
     if HAS_OUTLIERS:
         # Offsets from `packed` are those of the keys: both halves have one schedule when there is a pool.
         replaced = tl.load(replaced_ptr + (token - packed), mask=due, other=0) != 0
+    # A token with a seat is coded like any other.
+    if HAS_OUTLIERS and not SEATED:
         if tl.max(replaced.to(tl.int32), axis=0) > 0:
             total = tl.zeros([COLUMNS], tl.float32)
             count = 0
@@ -248,9 +260,7 @@ def pack_value_strip(
             zero_point_tile = tl.where(in_group, zero_point.to(tl.float32)[:, None], zero_point_tile)
         per_step_tile = tl.where(in_group, reciprocal(scale)[:, None], per_step_tile)
         if HAS_OUTLIERS and MARK and group == 0:
-            # The sign bit, not a negation: a scale of 0 is marked too.
-            marked = (scale.to(tl.int16, bitcast=True) | -32768).to(tl.int16).to(tl.float16, bitcast=True)
-            scale = tl.where(replaced, marked, scale)
+            scale = tl.where(replaced, marked(scale), scale)
         offset = (slot * VALUE_GROUPS + group) * PAGE + row
         tl.store(scale_ptr + offset, scale, mask=due)
         if not SYMMETRIC:

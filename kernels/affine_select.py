@@ -12,10 +12,11 @@ from ottfx.kernels.window import load_real, load_tokens, packed_end
 
 
 @triton.jit
-def _token_scores(
+def token_scores(
     key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, token, past, live,
     NORM: tl.constexpr, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    """Norms float32 [TOKENS] of the keys of `token`; arguments as those of `load_tokens`."""
     total = tl.zeros([TOKENS], tl.float32)
     for start in tl.range(0, HEAD_DIM, CHUNK):
         channel = start + tl.arange(0, CHUNK)
@@ -88,7 +89,7 @@ def _select_in_head(
     position = tl.load(outlier_position_ptr + seat, mask=seat < SEATS, other=-1)
     origin = seat
     # With past = 0 and the seat numbers as tokens the pool itself is read as if it were new tokens.
-    pool_score = _token_scores(
+    pool_score = token_scores(
         outlier_key_ptr, HEAD_DIM, outlier_key_ptr, key_row_scale_ptr, seat, 0, position >= 0,
         NORM, CAPACITY, HEAD_DIM, CHUNK, BLOCK_SEATS,
     )  # fmt: skip
@@ -119,7 +120,7 @@ def _select_in_head(
                     real = score < float("inf")
                 else:
                     real = load_real(valid_ptr, residual_valid_ptr, token, past, token >= 0, CAPACITY, HAS_VALID)
-                    score = _token_scores(
+                    score = token_scores(
                         key_ptr, stride_key_token, key_residual_ptr, key_row_scale_ptr, token, past, real,
                         NORM, CAPACITY, HEAD_DIM, CHUNK, GROUP,
                     )  # fmt: skip

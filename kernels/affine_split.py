@@ -1,7 +1,7 @@
 """Kernel of attention over paged affine storage: the softmax over one share of the tokens.
 
 Every program holds all query heads of one kv head. Splits `0 .. splits - 1` share the packed tokens; split `splits`
-reads what is in full precision: ring, outlier pool and new tokens. Keys and values are dequantized in registers,
+reads what is not in pages: ring, outlier pool, seats and new tokens. Keys and values are dequantized in registers,
 a tile at a time. Storage: docs/storage.md.
 """
 
@@ -100,7 +100,9 @@ def _attend_kernel(
     query_ptr, key_ptr, value_ptr, mask_ptr, lengths_ptr,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, key_residual_ptr, key_row_scale_ptr,
     value_codes_ptr, value_scale_ptr, value_zero_point_ptr, value_residual_ptr, value_row_scale_ptr,
-    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, key_order_ptr, partial_ptr, log_sum_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr,
+    seat_key_ptr, seat_key_scale_ptr, seat_row_ptr, seat_value_ptr, seat_value_scale_ptr, key_order_ptr, partial_ptr,
+    log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
@@ -108,8 +110,8 @@ def _attend_kernel(
     NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, MIXED: tl.constexpr, SYMMETRIC: tl.constexpr,
     GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
-    POOL_ROWS: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    POOL_ROWS: tl.constexpr, PAGE_SEATS: tl.constexpr, MASK: tl.constexpr, MASK_FLOOR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes a Python float as fp64, and an integer without a known bound as int64.
     q_len, pages, splits = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(splits, tl.int32)
@@ -216,6 +218,20 @@ def _attend_kernel(
                 row_max, row_sum, acc = attend_dense(
                     query, pool_key_ptr, key_row_scale_ptr, HEAD_DIM, pool_value_ptr, value_row_scale_ptr, HEAD_DIM,
                     seat, (position >= 0) & (position < past), position,
+                    mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
+                    HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
+                )  # fmt: skip
+        if PAGE_SEATS > 0:
+            first_seat = pair * pages * PAGE_SEATS
+            seats = tl.cdiv(packed, PAGE) * PAGE_SEATS
+            for start in tl.range(0, seats, BLOCK_N):
+                seat = start + column
+                in_page = tl.load(seat_row_ptr + first_seat + seat, mask=seat < seats, other=-1).to(tl.int32)
+                position = seat // PAGE_SEATS * PAGE + in_page
+                row_max, row_sum, acc = attend_dense(
+                    query, seat_key_ptr + first_seat * HEAD_DIM, seat_key_scale_ptr + first_seat, HEAD_DIM,
+                    seat_value_ptr + first_seat * HEAD_DIM, seat_value_scale_ptr + first_seat, HEAD_DIM,
+                    seat, (in_page >= 0) & (position < packed), position,
                     mask_row_ptr, stride_mask_token, live_rows, softmax_scale, row_max, row_sum, acc,
                     HEAD_DIM, BLOCK_D, MASK, MASK_FLOOR, PRECISION,
                 )  # fmt: skip

@@ -131,7 +131,8 @@ def _store_tokens_kernel(
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUPS: tl.constexpr,
     MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, SEARCH: tl.constexpr,
     KEY_WINDOW: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_WINDOW: tl.constexpr, VALUE_STEP: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_OUTLIERS: tl.constexpr, SEATED: tl.constexpr,
+    MEAN_OF_REST: tl.constexpr, MARK: tl.constexpr,
     WRITE_BACK: tl.constexpr, ONE_TOKEN: tl.constexpr, ENCODED: tl.constexpr,
     KEY_PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr,
     CHUNK: tl.constexpr, ROTATED: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -185,8 +186,8 @@ def _store_tokens_kernel(
                         pair, page, channel_start, new_key_ptr, stride_key_token, ring_key_ptr, key_scales_ptr,
                         new_valid_ptr, ring_valid_ptr, flags_ptr, key_order_ptr, key_codes_ptr, key_scale_ptr,
                         key_zero_point_ptr, past, key_packed, key_end, pages,
-                        KEY_BITS, MIXED, SEARCH, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST,
-                        CHUNK,
+                        KEY_BITS, MIXED, SEARCH, GROUP, HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, SEATED,
+                        MEAN_OF_REST, CHUNK,
                     )  # fmt: skip
         elif item < key_items + value_items:
             first_strip = value_packed // 16 // VALUE_PARTS * VALUE_PARTS + (item - key_items) * VALUE_PARTS
@@ -200,7 +201,7 @@ def _store_tokens_kernel(
                             value_scales_ptr, new_valid_ptr, ring_valid_ptr, flags_ptr, value_codes_ptr,
                             value_scale_ptr, value_zero_point_ptr, past, value_packed, value_end, pages,
                             VALUE_BITS, SYMMETRIC, SEARCH, GROUP, VALUE_GROUPS,
-                            HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, MEAN_OF_REST, MARK, BLOCK_HALF,
+                            HEAD_DIM, CAPACITY, HAS_VALID, HAS_OUTLIERS, SEATED, MEAN_OF_REST, MARK, BLOCK_HALF,
                         )  # fmt: skip
         else:
             _write_ring_rows(

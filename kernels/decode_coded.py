@@ -1,4 +1,6 @@
-"""Device function of decode attention: the window in 8 bits, on the tensor cores in the layout of `fragments.py`.
+"""Device function of decode attention: rows of 8 bits, on the tensor cores in the layout of `fragments.py`.
+
+They are those of the window and of the seats of groups.
 
 An int8 plus 128 is a code of 8 bits, a subnormal float16 as it is; the 128 times what it is multiplied by is taken off
 again. Scales of keys are factors of scores, those of values of weights. So a byte costs less than one instruction.
@@ -13,7 +15,7 @@ import triton.language as tl
 from ottfx.kernels.decode_packed import WEIGHT_UNIT
 from ottfx.kernels.decode_single import attend_exact_once
 from ottfx.kernels.decode_tile import load_query_lanes, spread
-from ottfx.kernels.decode_window import DENSE_TILE, NOTHING_SEEN, attend_exact, store_part, window_share
+from ottfx.kernels.decode_window import DENSE_TILE, NOTHING_SEEN, attend_exact, store_part
 from ottfx.kernels.fragments import (
     LEAST_UNIT,
     SUBNORMAL,
@@ -26,36 +28,53 @@ from ottfx.kernels.fragments import (
     right_operand,
     subnormal_codes,
 )
+from ottfx.kernels.packing import PAGE
 
 _SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 """The highest bits of four bytes: what turns int8 into numbers 0 .. 255."""
 
 
 @triton.jit
-def _load_words(ring_ptr, token, last, word, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    # Int32 words of four channels each; `ring_ptr` is int8 and that of this (sequence, kv head).
-    row = (token % CAPACITY) * (HEAD_DIM // 4)
-    live = token < last
-    if HEAD_DIM != BLOCK_D:
-        live = live & (word < HEAD_DIM // 4)
-    return tl.load(ring_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row + word, mask=live, other=0)
+def _place(row, first_place, SIZE: tl.constexpr):
+    # Where a row is in a ring of SIZE whose row 0 is at `first_place`; SIZE 0: in no ring, but where it says.
+    if SIZE == 0:
+        return row
+    else:
+        place = (row + first_place).to(tl.uint32, bitcast=True)
+        return tl.minimum(place, place - SIZE).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _load_key_rows(ring_ptr, first, last, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_words(
+    rows_ptr, row, last, first_place, word, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    # Int32 words of four channels each; `rows_ptr` is int8 and that of this (sequence, kv head).
+    live = row < last
+    if HEAD_DIM != BLOCK_D:
+        live = live & (word < HEAD_DIM // 4)
+    words_ptr = rows_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words_ptr + _place(row, first_place, SIZE) * (HEAD_DIM // 4) + word, mask=live, other=0)
+
+
+@triton.jit
+def _load_key_rows(
+    rows_ptr, first, last, first_place, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     # [c 4, n 8, 2, W]
     W: tl.constexpr = BLOCK_D // 16
     # [2, W / 4, n 8, c 4, 4 words], flat: the load is 16 bytes a lane.
     i = tl.arange(0, 4 * BLOCK_D)
     word = i // 4 % 4 * W + i // 128 % (W // 4) * 4 + i % 4
-    token = first + i // (32 * W) * 8 + i // 16 % 8
-    words = _load_words(ring_ptr, token, last, word, CAPACITY, HEAD_DIM, BLOCK_D)
+    row = first + i // (32 * W) * 8 + i // 16 % 8
+    words = _load_words(rows_ptr, row, last, first_place, word, SIZE, HEAD_DIM, BLOCK_D)
     words = tl.permute(tl.reshape(words, [2, W // 4, 8, 4, 4]), [3, 2, 0, 1, 4])
     return tl.reshape(words, [4, 8, 2, W])
 
 
 @triton.jit
-def _load_value_rows(ring_ptr, first, last, CAPACITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_value_rows(
+    rows_ptr, first, last, first_place, SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     # [c 4, n 8, W, 4 tokens]
     W: tl.constexpr = BLOCK_D // 32
     V: tl.constexpr = 4 if W > 4 else W
@@ -67,8 +86,9 @@ def _load_value_rows(ring_ptr, first, last, CAPACITY: tl.constexpr, HEAD_DIM: tl
     else:
         member = i // 128 * 2 + i // 2 % 2
         word = i % 2
-    token = first + i // 4 % 4 * 4 + member
-    words = _load_words(ring_ptr, token, last, i // 16 % 8 * W + word, CAPACITY, HEAD_DIM, BLOCK_D)
+    row = first + i // 4 % 4 * 4 + member
+    word += i // 16 % 8 * W
+    words = _load_words(rows_ptr, row, last, first_place, word, SIZE, HEAD_DIM, BLOCK_D)
     if V == 4:
         words = tl.permute(tl.reshape(words, [4, W // 4, 8, 4, 4]), [3, 2, 1, 4, 0])
     else:
@@ -109,76 +129,67 @@ def _key_operands(
 
 
 @triton.jit
-def _load_steps(scale_ptr, token, last, CAPACITY: tl.constexpr):
-    # Float32 scales of `token` int32 [64], 4 times each -> [16, c 4].
-    scale = tl.load(scale_ptr + token % CAPACITY, mask=token < last, other=0.0)
+def _load_steps(scale_ptr, row, last, first_place, SIZE: tl.constexpr):
+    # Scales of `row` int32 [64], 4 times each -> [16, c 4].
+    scale = tl.load(scale_ptr + _place(row, first_place, SIZE), mask=row < last, other=0.0)
     return tl.reshape(scale, [DENSE_TILE, 4])
 
 
 @triton.jit
-def attend_coded_window(
-    pair, batch, head, part, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
-    rows, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
-    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
-    stride_query_batch, stride_query_head, stride_query_token,
-    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
-    stride_mask_token,
-    QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr,
-    MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
-    WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr, K_WIDTH: tl.constexpr,
+def _load_positions(seat_row_ptr, row, last, packed, PAGE_SEATS: tl.constexpr):
+    # The token of each row, -1 where there is none; with PAGE_SEATS rows are seats.
+    if PAGE_SEATS == 0:
+        return tl.where(row < last, packed + row, -1)
+    else:
+        in_page = tl.load(seat_row_ptr + row, mask=row < last, other=-1).to(tl.int32)
+        token = row // PAGE_SEATS * PAGE + in_page
+        return tl.where((in_page >= 0) & (token < packed), token, -1)
+
+
+@triton.jit
+def _attend_rows(
+    first, last, first_place, packed, keys_ptr, key_scale_ptr, values_ptr, value_scale_ptr, seat_row_ptr,
+    queries, zero_scores, score_unit, mask_ptr, mask_offset, live_columns, stride_mask_token,
+    unit, row_max, row_sum, weight_sum, acc,
+    SIZE: tl.constexpr, PAGE_SEATS: tl.constexpr, HEAD_DIM: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`attend_window` over a ring of int8."""
-    queries, zero_scores, exponent = _key_operands(
-        query_ptr + batch * stride_query_batch, pair, head, rows, stride_query_head, stride_query_token,
-        QUERIES_PER_KV, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D, K_WIDTH,
-    )  # fmt: skip
-    score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
-    key_residual_ptr += pair * CAPACITY * HEAD_DIM
-    value_residual_ptr += pair * CAPACITY * HEAD_DIM
-    key_row_scale_ptr += pair * CAPACITY
-    value_row_scale_ptr += pair * CAPACITY
-    share = window_share(CAPACITY, WINDOW_PARTS)
-    first = packed + part * share
-    last = tl.minimum(first + share, past)
-    # As in `attend_packed`: sums are in units of the largest value scale so far, rounded up to a power of two.
-    unit = LEAST_UNIT
-    row_max = tl.full([COLUMNS], NOTHING_SEEN, tl.float32)
-    row_sum = tl.zeros([8, COLUMNS], tl.float32)
-    weight_sum = tl.zeros([8, COLUMNS], tl.float32)
-    acc = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
-    own_token = tl.arange(0, 4 * DENSE_TILE) // 4
-    key_words = _load_key_rows(key_residual_ptr, first, last, CAPACITY, HEAD_DIM, BLOCK_D)
-    key_step = _load_steps(key_row_scale_ptr, first + own_token, last, CAPACITY)
-    value_words = _load_value_rows(value_residual_ptr, first, last, CAPACITY, HEAD_DIM, BLOCK_D)
-    value_step = _load_steps(value_row_scale_ptr, first + own_token, last, CAPACITY)
+    # Take the rows `first .. last - 1` of a ring of SIZE, or of seats, into the running softmax.
+    own_row = tl.arange(0, 4 * DENSE_TILE) // 4
+    key_words = _load_key_rows(keys_ptr, first, last, first_place, SIZE, HEAD_DIM, BLOCK_D)
+    key_step = _load_steps(key_scale_ptr, first + own_row, last, first_place, SIZE)
+    position = _load_positions(seat_row_ptr, first + own_row, last, packed, PAGE_SEATS)
+    value_words = _load_value_rows(values_ptr, first, last, first_place, SIZE, HEAD_DIM, BLOCK_D)
+    value_step = _load_steps(value_scale_ptr, first + own_row, last, first_place, SIZE)
     for start in tl.range(first, last, DENSE_TILE):
-        later = tl.cast(start, tl.int32) + DENSE_TILE
         keys = left_operand(subnormal_codes(key_words ^ _SIGNS, 0, 8, False), 1, K_WIDTH)
         scores = tl.dot(keys, queries, zero_scores)
         scores = tl.reshape(scores, [1, DENSE_TILE, COLUMNS]) * spread(key_step.to(tl.float32), False, COLUMNS)
-        # Under way while this tile is worked on.
-        key_words = _load_key_rows(key_residual_ptr, later, last, CAPACITY, HEAD_DIM, BLOCK_D)
-        key_step = _load_steps(key_row_scale_ptr, later + own_token, last, CAPACITY)
-        token = tl.cast(start, tl.int32) + own_token
-        seen = token < last
-        if MASK and (ONE_MASK or SINGLE):
-            column = mask_ptr + tl.min(mask_offset, axis=0) + token.to(tl.int64) * stride_mask_token
+        seen = position >= 0
+        if MASK and ONE_MASK:
+            column = mask_ptr + tl.min(mask_offset, axis=0) + position.to(tl.int64) * stride_mask_token
             seen = seen & (tl.load(column, mask=seen, other=0) != 0)
         seen = spread(tl.reshape(seen, [DENSE_TILE, 4]), False, COLUMNS)
-        if MASK and not (ONE_MASK or SINGLE):
+        if MASK and not ONE_MASK:
             row = tl.cast(start, tl.int32) + tl.arange(0, DENSE_TILE)
-            entry = mask_ptr + (row.to(tl.int64) * stride_mask_token)[:, None] + mask_offset[None, :]
-            entry = tl.load(entry, mask=(row < last)[:, None] & live_columns[None, :], other=0)
+            token = _load_positions(seat_row_ptr, row, last, packed, PAGE_SEATS)
+            entry = mask_ptr + (token.to(tl.int64) * stride_mask_token)[:, None] + mask_offset[None, :]
+            entry = tl.load(entry, mask=(token >= 0)[:, None] & live_columns[None, :], other=0)
             seen = seen & (tl.reshape(entry, [1, DENSE_TILE, COLUMNS]) != 0)
+        # Under way while this tile is worked on.
+        later = tl.cast(start, tl.int32) + DENSE_TILE
+        key_words = _load_key_rows(keys_ptr, later, last, first_place, SIZE, HEAD_DIM, BLOCK_D)
+        key_step = _load_steps(key_scale_ptr, later + own_row, last, first_place, SIZE)
+        position = _load_positions(seat_row_ptr, later + own_row, last, packed, PAGE_SEATS)
         scores = tl.where(seen, scores * score_unit[None, None, :], float("-inf"))
-        steps = value_step.to(tl.float32)
-        unit_now, inverse_now = larger_unit(unit, steps)
+        value_scale = value_step.to(tl.float32)
+        unit_now, inverse_now = larger_unit(unit, value_scale)
         new_max = tl.maximum(row_max, tl.max(tl.max(scores, axis=0), axis=0))
         decay = tl.exp2(row_max - new_max)
         row_max = new_max
         weight = tl.exp2(scores - new_max[None, None, :])
         row_sum = row_sum * decay[None, :] + tl.sum(tl.reshape(weight, [2, 8, COLUMNS]), axis=0)
-        lifted = spread(steps * (inverse_now * (1.0 / WEIGHT_UNIT)), False, COLUMNS)
+        lifted = spread(value_scale * (inverse_now * (1.0 / WEIGHT_UNIT)), False, COLUMNS)
         weight = (weight * lifted).to(tl.float16)
         decay = decay * (unit * inverse_now)
         unit = unit_now
@@ -188,11 +199,67 @@ def attend_coded_window(
         weights = right_operand(tl.reshape(weight, [DENSE_TILE, COLUMNS]), K_WIDTH)
         values = left_operand(_value_codes(value_words), 1, K_WIDTH)
         acc = tl.dot(values, weights, acc * decay[None, :])
-        value_words = _load_value_rows(value_residual_ptr, later, last, CAPACITY, HEAD_DIM, BLOCK_D)
-        value_step = _load_steps(value_row_scale_ptr, later + own_token, last, CAPACITY)
+        value_words = _load_value_rows(values_ptr, later, last, first_place, SIZE, HEAD_DIM, BLOCK_D)
+        value_step = _load_steps(value_scale_ptr, later + own_row, last, first_place, SIZE)
+    return unit, row_max, row_sum, weight_sum, acc
+
+
+@triton.jit
+def attend_coded_rows(
+    pair, batch, head, part, window_parts, past, packed, q_len, pages, query_ptr, query_offset, key_ptr, value_ptr,
+    mask_ptr, score_factor,
+    rows, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
+    outlier_key_ptr, outlier_position_ptr, outlier_value_ptr,
+    seat_key_ptr, seat_key_scale_ptr, seat_row_ptr, seat_value_ptr, seat_value_scale_ptr, partial_ptr, log_sum_ptr,
+    stride_query_batch, stride_query_head, stride_query_token,
+    stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
+    stride_mask_token,
+    QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr,
+    PAGE_SEATS: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr, NEW_APART: tl.constexpr, K_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`attend_window` over a ring of int8 and the seats, which its programs share evenly."""
+    queries, zero_scores, exponent = _key_operands(
+        query_ptr + batch * stride_query_batch, pair, head, rows, stride_query_head, stride_query_token,
+        QUERIES_PER_KV, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D, K_WIDTH,
+    )  # fmt: skip
+    score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
+    # As in `attend_packed`: sums are in units of the largest value scale so far, rounded up to a power of two.
+    unit = LEAST_UNIT
+    row_max = tl.full([COLUMNS], NOTHING_SEEN, tl.float32)
+    row_sum = tl.zeros([8, COLUMNS], tl.float32)
+    weight_sum = tl.zeros([8, COLUMNS], tl.float32)
+    acc = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
+    # The programs share all tiles evenly: first those of the window, then those of the seats.
+    seats = tl.cdiv(packed, PAGE) * PAGE_SEATS
+    window_tiles = tl.cdiv(past - packed, DENSE_TILE)
+    share = tl.cdiv(window_tiles + tl.cdiv(seats, DENSE_TILE), window_parts) * DENSE_TILE
+    first = part * share
+    ring = pair * CAPACITY
+    unit, row_max, row_sum, weight_sum, acc = _attend_rows(
+        first, tl.minimum(first + share, past - packed), packed % CAPACITY, packed,
+        key_residual_ptr + ring * HEAD_DIM, key_row_scale_ptr + ring,
+        value_residual_ptr + ring * HEAD_DIM, value_row_scale_ptr + ring, seat_row_ptr,
+        queries, zero_scores, score_unit, mask_ptr, mask_offset, live_columns, stride_mask_token,
+        unit, row_max, row_sum, weight_sum, acc,
+        CAPACITY, 0, HEAD_DIM, MASK, ONE_MASK or SINGLE, COLUMNS, BLOCK_D, K_WIDTH,
+    )  # fmt: skip
+    if PAGE_SEATS > 0:
+        first -= window_tiles * DENSE_TILE
+        last = tl.minimum(first + share, seats)
+        if last > 0:
+            at = pair * pages * PAGE_SEATS
+            unit, row_max, row_sum, weight_sum, acc = _attend_rows(
+                tl.maximum(first, 0), last, 0, packed,
+                seat_key_ptr + at * HEAD_DIM, seat_key_scale_ptr + at,
+                seat_value_ptr + at * HEAD_DIM, seat_value_scale_ptr + at, seat_row_ptr + at,
+                queries, zero_scores, score_unit, mask_ptr, mask_offset, live_columns, stride_mask_token,
+                unit, row_max, row_sum, weight_sum, acc,
+                0, PAGE_SEATS, HEAD_DIM, MASK, ONE_MASK or SINGLE, COLUMNS, BLOCK_D, K_WIDTH,
+            )  # fmt: skip
     row_sum = tl.sum(row_sum, axis=0)
     acc = (acc - tl.sum(weight_sum, axis=0)[None, :] * (128 / SUBNORMAL)) * (unit * (SUBNORMAL * WEIGHT_UNIT))
-    if part == WINDOW_PARTS - 1:
+    if part == window_parts - 1:
         attend: tl.constexpr = attend_exact_once if SINGLE else attend_exact
         exact_max, exact_sum, exact = attend(
             pair, batch, head, past, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,

@@ -23,6 +23,8 @@ LEAN_REGISTERS = 168
 """Registers of a program that leave room for 12 on a multiprocessor; the other configurations take 255, for 8."""
 WINDOW_SHARE = 64
 """Tokens of the ring that a program reads, or more where there are programs enough without."""
+SEATS_OF_A_SHARE = 24
+"""Shares of the codes, times the seats of a page, for which one more program reads rows of 8 bits."""
 TILES_OF_OVERHEAD = 2
 """What starting a program and joining its part cost, in tiles of work."""
 
@@ -42,8 +44,10 @@ class DecodePlan:
     """Programs that share the packed tokens of one (sequence, kv head)."""
     most_splits: int
     """An upper bound of `splits` that is no symbol."""
-    window_parts: int
-    """Programs that share its full-precision window."""
+    window_parts: Any
+    """Programs that share its window, and its seats if those are many."""
+    most_window_parts: int
+    """An upper bound of `window_parts` that is no symbol."""
     max_registers: int | None
 
 
@@ -57,6 +61,7 @@ def decode_plan(
     group_size: int,
     ring_rows: int,
     pages: Any,
+    page_seats: int = 0,
 ) -> DecodePlan:
     """Choose the sizes for a shape.
 
@@ -69,6 +74,7 @@ def decode_plan(
         group_size: tokens of a key group.
         ring_rows: tokens of the full-precision window.
         pages: capacity of the cache.
+        page_seats: seats of groups in a page.
     """
     single = at_most(rows, 1)
     columns = 8 if at_most(rows, 8) else 16
@@ -82,6 +88,8 @@ def decode_plan(
     else:
         splits = torch.sym_max(1, slots // programs)
         most_splits = max(slots // num_kv_heads, 1)
+    parts = window_parts(programs, ring_rows, slots)
+    # One more for as many shares of the codes as take as long as their seats.
     return DecodePlan(
         single=single,
         columns=columns,
@@ -89,7 +97,8 @@ def decode_plan(
         row_blocks=row_blocks,
         splits=splits,
         most_splits=most_splits,
-        window_parts=window_parts(programs, ring_rows, slots),
+        window_parts=parts + splits * page_seats // SEATS_OF_A_SHARE,
+        most_window_parts=parts + most_splits * page_seats // SEATS_OF_A_SHARE,
         max_registers=LEAN_REGISTERS if lean else None,
     )
 

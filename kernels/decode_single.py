@@ -109,13 +109,13 @@ def attend_exact_once(
 
 @triton.jit
 def attend_window_once(
-    pair, batch, head, part, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
-    slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+    pair, batch, head, part, window_parts, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr,
+    score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_token,
     HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr, MASK: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, NEW_APART: tl.constexpr,
 ):  # fmt: skip
     """`attend_window` for one query row, which stands in all columns."""
     channel = tl.arange(0, BLOCK_D)
@@ -127,7 +127,7 @@ def attend_window_once(
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     key_residual_ptr += pair * CAPACITY * HEAD_DIM
     value_residual_ptr += pair * CAPACITY * HEAD_DIM
-    share = window_share(CAPACITY, WINDOW_PARTS)
+    share = window_share(CAPACITY, window_parts)
     first = packed + part * share
     last = tl.minimum(first + share, past)
     token = first + step
@@ -143,7 +143,7 @@ def attend_window_once(
         )  # fmt: skip
         row_max, row_sum, acc = _attend_rows(query, key, value, live, score_factor, row_max, row_sum, acc)
         key, value, live = next_key, next_value, next_live
-    if part == WINDOW_PARTS - 1:
+    if part == window_parts - 1:
         row_max, row_sum, acc = _attend_exact_once(
             query, pair, batch, head, past, q_len, key_ptr, value_ptr, mask_ptr, score_factor, slot, live_columns,
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr, row_max, row_sum, acc,

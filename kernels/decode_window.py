@@ -9,10 +9,10 @@ DENSE_TILE = tl.constexpr(16)
 
 
 @triton.jit
-def window_share(CAPACITY: tl.constexpr, WINDOW_PARTS: tl.constexpr):
+def window_share(CAPACITY: tl.constexpr, window_parts):
     """Tokens of the ring that one program reads."""
     STEPS: tl.constexpr = (CAPACITY + DENSE_TILE - 1) // DENSE_TILE
-    return (STEPS + WINDOW_PARTS - 1) // WINDOW_PARTS * DENSE_TILE
+    return tl.cdiv(STEPS, window_parts) * DENSE_TILE
 
 
 @triton.jit
@@ -145,20 +145,20 @@ def attend_exact(
 
 @triton.jit
 def attend_window(
-    pair, batch, head, part, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr, score_factor,
-    slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+    pair, batch, head, part, window_parts, past, packed, q_len, query_ptr, query_offset, key_ptr, value_ptr, mask_ptr,
+    score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_token,
     HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr, POOL_ROWS: tl.constexpr, MASK: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW_PARTS: tl.constexpr, NEW_APART: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, NEW_APART: tl.constexpr,
 ):  # fmt: skip
     """Attend over one share of the ring, the last part also as `attend_exact`; store it in `slot` [COLUMNS]."""
     query = _load_queries(query_ptr, query_offset, live_columns, HEAD_DIM, BLOCK_D)
     row_max = tl.full([COLUMNS], NOTHING_SEEN, tl.float32)
     row_sum = tl.zeros([COLUMNS], tl.float32)
     acc = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
-    share = window_share(CAPACITY, WINDOW_PARTS)
+    share = window_share(CAPACITY, window_parts)
     first = packed + part * share
     for start in tl.range(first, tl.minimum(first + share, past), DENSE_TILE):
         token = start + tl.arange(0, DENSE_TILE)
@@ -168,7 +168,7 @@ def attend_window(
             mask_ptr, stride_mask_token, mask_offset, live_columns, score_factor, row_max, row_sum, acc,
             HEAD_DIM, BLOCK_D, MASK,
         )  # fmt: skip
-    if part == WINDOW_PARTS - 1:
+    if part == window_parts - 1:
         row_max, row_sum, acc = _attend_exact(
             query, pair, batch, head, past, q_len, key_ptr, value_ptr, mask_ptr, score_factor, slot, live_columns,
             mask_offset, outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, log_sum_ptr, row_max, row_sum, acc,

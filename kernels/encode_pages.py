@@ -13,7 +13,7 @@ from ottfx.kernels.launch import launch
 def encode_pages(
     common: dict[str, Any], score: Tensor, key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor,
     value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, *,
-    bits: tuple[int, int], windows: tuple[int, int], steps: tuple[int, int], norm: int, traces: bool,
+    bits: tuple[int, int], windows: tuple[int, int], steps: tuple[int, int], norm: int, traces: bool, seated: bool,
     codes: dict[str, Any],
 ) -> None:  # fmt: skip
     """Encode the whole pages among the due tokens.
@@ -32,6 +32,7 @@ def encode_pages(
         steps: tokens that are packed together, of keys and of values.
         norm: the norm of a key that is its score.
         traces: whether outliers are traced.
+        seated: whether the flags of the due tokens say who has a seat of its group.
         codes: arguments that say what codes are.
     """
     shared = {
@@ -40,6 +41,8 @@ def encode_pages(
             "valid_ptr",
             "lengths_ptr",
             "hard_ptr",
+            "replaced_ptr",
+            "flags_per_head",
             "site",
             "q_len",
             "most_pages",
@@ -47,7 +50,7 @@ def encode_pages(
             "HEAD_DIM",
             "HAS_VALID",
         )
-    } | {"pages": key_codes.shape[2]}
+    } | {"pages": key_codes.shape[2], "SEATED": seated}
     grid = (common["pairs"] * common["most_pages"],)
     chunk, num_warps = key_tile(common["HEAD_DIM"], codes["SEARCH"])
     keys = shared | {name: common[name] for name in common if name.startswith("stride_key")}
@@ -58,7 +61,6 @@ def encode_pages(
         "scale_ptr": key_scale,
         "zero_point_ptr": key_zero_point,
         "score_ptr": score,
-        "scores_per_head": common["flags_per_head"],
         "BITS": bits[0],
         "MIXED": codes["MIXED"],
         "SEARCH": codes["SEARCH"],

@@ -31,7 +31,7 @@ def pack_values(
     pack_value_strip(
         pair, strip // (PAGE // 16), strip % (PAGE // 16), value_ptr, stride_value_token, ring_ptr, ring_ptr,
         valid_ptr, ring_valid_ptr, valid_ptr, codes_ptr, scale_ptr, zero_point_ptr, past, packed, end, pages,
-        BITS, False, False, 16, VALUE_GROUPS, HEAD_DIM, CAPACITY, HAS_VALID, False, False, False, BLOCK_HALF,
+        BITS, False, False, 16, VALUE_GROUPS, HEAD_DIM, CAPACITY, HAS_VALID, False, False, False, False, BLOCK_HALF,
     )  # fmt: skip
 
 

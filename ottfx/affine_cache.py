@@ -15,10 +15,11 @@ from torch import Tensor
 from ottfx.affine_grids import code_keys, code_values, decide_order
 from ottfx.affine_pages import write_keys, write_values
 from ottfx.affine_schedule import due_range, ring_positions, window_index
+from ottfx.group_seats import choose_seats, write_seats
 from ottfx.mixed_words import known_order
 from ottfx.outlier_pool import trace_outliers
 from ottfx.reference import dequantize_affine, make_finite
-from ottfx.schemes.base import ROLES, is_always, new_positions
+from ottfx.schemes.base import PAGE, ROLES, is_always, new_positions
 from ottfx.window_rows import decode_rows, encode_rows
 
 
@@ -70,6 +71,12 @@ def append(
     outlier_value: Tensor | None = None,
     value_outlier_position: Tensor | None = None,
     spill_count: Tensor | None = None,
+    seat_key: Tensor | None = None,
+    seat_key_scale: Tensor | None = None,
+    seat_row: Tensor | None = None,
+    seat_value: Tensor | None = None,
+    seat_value_scale: Tensor | None = None,
+    value_seat_row: Tensor | None = None,
     key_order: Tensor | None = None,
     key_residual_scale: Tensor | None = None,
     value_residual_scale: Tensor | None = None,
@@ -108,6 +115,12 @@ def append(
         outlier_value: state of the pool.
         value_outlier_position: state of the pool.
         spill_count: state of the pool.
+        seat_key: state of the seats of groups; all six or none, and not with a pool.
+        seat_key_scale: state of the seats.
+        seat_row: state of the seats.
+        seat_value: state of the seats.
+        seat_value_scale: state of the seats.
+        value_seat_row: state of the seats.
         key_order: state, if key codes are of mixed widths; then keys and values have one schedule.
         key_residual_scale: state, if the window is in 8 bits; then keys and values have one schedule.
         value_residual_scale: see `key_residual_scale`.
@@ -120,7 +133,7 @@ def append(
         value_step: `key_step` of the values.
         outlier_capacity: seats of the pool; 0 traces nothing.
         score_norm: 1 or 2.
-        replacement: "rest" or "group": whose mean stands in an outlier's slot.
+        replacement: "rest" or "group": whose mean stands in the slot of a token of the pool.
         mask_replaced: whether such slots are marked as not attended.
         range_search: whether grids may be narrower than the range of their group.
     """
@@ -169,6 +182,16 @@ def append(
             (value_outlier_position, update.position),
             (spill_count, update.spill_count),
         ]
+
+    if seat_row is not None:
+        assert seat_key is not None and seat_key_scale is not None
+        assert seat_value is not None and seat_value_scale is not None and value_seat_row is not None
+        of_group = seat_row.shape[3] * group_size // PAGE
+        seats = choose_seats(window_key, real_keys.squeeze(1), group_size, of_group, score_norm)
+        marked = seats.is_seated
+        mean_of = in_range = real_keys & ~marked
+        write_seats(window_key, seats, due_keys, group_size, seat_key, seat_key_scale, seat_row)
+        write_seats(window_value, seats, due_keys, group_size, seat_value, seat_value_scale, value_seat_row)
 
     key_rows = _replace_rows(make_finite(window_key), kept, mean_of, group_size)
     order = None

@@ -1,4 +1,4 @@
-"""Reading paged affine storage in plain torch: attention over it, dense copies of it, and forgetting its end.
+"""Reading paged affine storage in plain torch: attention over it, and dense copies of it.
 
 Layout and rules: `docs/storage.md`. `attend` is traceable like `affine_cache.append`; it reads only the pages that
 `past_length` can use, or all of them where only the device knows the length.
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ottfx.affine_grids import in_natural_order, read_key_pages, read_value_pages
 from ottfx.affine_schedule import ring_positions
+from ottfx.group_seats import read_seats
 from ottfx.masked_softmax import additive_mask, softmax_or_zero
 from ottfx.mixed_words import known_order
 from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
-from ottfx.window_rows import decode_rows, encode_rows, present
+from ottfx.window_rows import decode_rows, present
 
 
 def _mask_bias(mask: Tensor | None, num_kv_heads: int, groups: int) -> Tensor | None:
@@ -50,6 +51,11 @@ def attend(
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
+    seat_key: Tensor | None = None,
+    seat_key_scale: Tensor | None = None,
+    seat_row: Tensor | None = None,
+    seat_value: Tensor | None = None,
+    seat_value_scale: Tensor | None = None,
     key_order: Tensor | None = None,
     key_residual_scale: Tensor | None = None,
     value_residual_scale: Tensor | None = None,
@@ -79,6 +85,11 @@ def attend(
         outlier_key: state of the pool; all three or none.
         outlier_position: state of the pool.
         outlier_value: state of the pool.
+        seat_key: state of the seats of groups; all five or none.
+        seat_key_scale: state of the seats.
+        seat_row: state of the seats.
+        seat_value: state of the seats.
+        seat_value_scale: state of the seats.
         key_order: state, if key codes are of mixed widths.
         key_residual_scale: state, if the window is in 8 bits; `value_residual_scale` alike.
         value_residual_scale: see `key_residual_scale`.
@@ -121,13 +132,25 @@ def attend(
         in_ring.squeeze(-1).expand(batch, num_kv_heads, -1),
         torch.ones(batch, num_kv_heads, q_len, dtype=torch.bool, device=device),
     ]
-    has_pool = outlier_position is not None and outlier_position.shape[2] > 0
-    if has_pool:
-        assert outlier_key is not None and outlier_position is not None and outlier_value is not None
-        in_pool = (outlier_position >= 0) & (outlier_position < past)
-        keys.append(torch.where(in_pool.unsqueeze(-1), outlier_key.float(), 0.0))
-        values.append(torch.where(in_pool.unsqueeze(-1), outlier_value.float(), 0.0))
-        visible.append(in_pool)
+    # Those kept apart, each with positions of its own for every head: the pool, or the seats.
+    apart: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    if outlier_position is not None and outlier_position.shape[2] > 0:
+        assert outlier_key is not None and outlier_value is not None
+        apart.append((outlier_key.float(), outlier_value.float(), outlier_position.long(), past))
+    if seat_row is not None:
+        assert seat_key is not None and seat_key_scale is not None
+        assert seat_value is not None and seat_value_scale is not None
+        rows_of_pages = seat_row.index_select(2, pages)
+        (seated_key, position), (seated_value, _) = (
+            read_seats(codes.index_select(2, pages), scale_of_row.index_select(2, pages), rows_of_pages)
+            for codes, scale_of_row in ((seat_key, seat_key_scale), (seat_value, seat_value_scale))
+        )
+        apart.append((seated_key, seated_value, position, packed))
+    for apart_key, apart_value, position, end in apart:
+        seen = (position >= 0) & (position < end)
+        keys.append(torch.where(seen.unsqueeze(-1), apart_key, 0.0))
+        values.append(torch.where(seen.unsqueeze(-1), apart_value, 0.0))
+        visible.append(seen)
 
     rows = query.float().reshape(batch, num_kv_heads, groups * q_len, head_dim)
     stored_rows = rows
@@ -145,12 +168,12 @@ def attend(
             bias.index_select(-1, ring.clamp(0, columns - 1)),
             bias.index_select(-1, new_positions(lengths, site, q_len)),
         ]
-        if has_pool:
-            assert outlier_position is not None
+        if apart:
             by_head = bias.expand(batch, num_kv_heads, -1, -1, -1)
-            position = outlier_position.long().clamp(min=0).unsqueeze(2).unsqueeze(2)
-            pool_bias = by_head.gather(-1, position.expand(-1, -1, by_head.shape[2], by_head.shape[3], -1))
-            parts = [part.expand(batch, num_kv_heads, -1, -1, -1) for part in parts] + [pool_bias]
+            parts = [part.expand(batch, num_kv_heads, -1, -1, -1) for part in parts]
+            for _, _, position, _ in apart:
+                column = position.clamp(0, columns - 1).unsqueeze(2).unsqueeze(2)
+                parts.append(by_head.gather(-1, column.expand(-1, -1, by_head.shape[2], by_head.shape[3], -1)))
         scores = scores + torch.cat(parts, dim=-1)
 
     weights = softmax_or_zero(scores)
@@ -163,7 +186,7 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
 
     Args:
         role: which half `state` is.
-        state: its tensors by name. Tokens of the outlier pool, if it has one, get their exact values.
+        state: its tensors by name. Tokens of the outlier pool, or with a seat, get what is kept of them there.
         bits: width of a code.
         packed: tokens that are codes; later ones are in the ring.
         start: first token.
@@ -194,80 +217,25 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
         residual.index_select(2, row), row_scale if row_scale is None else row_scale.index_select(2, row)
     )
     dense = torch.where((position >= packed).unsqueeze(-1), ring.to(dtype), coded)
-    if f"outlier_{role}" not in state:
-        return dense
-    pool = state[f"outlier_{role}"]
-    pool_position = state["outlier_position" if role == "key" else "value_outlier_position"].long()
-    wanted = (pool_position >= start) & (pool_position < stop)
-    # One more row takes the tokens of the pool that are not wanted.
-    target = torch.where(wanted, pool_position - start, stop - start).unsqueeze(-1).expand(pool.shape)
-    extended = torch.cat([dense, dense.new_zeros(*dense.shape[:2], 1, dense.shape[3])], dim=2)
-    return extended.scatter(2, target, pool).narrow(2, 0, stop - start)
-
-
-def rewind(
-    role: Role,
-    state: Mapping[str, Tensor],
-    bits: int,
-    group_size: int,
-    capacity: int,
-    packed: int,
-    in_ring: int,
-    length: int,
-) -> int:
-    """Forget the tokens from `length` on, in place; return how many of the rest are codes.
-
-    The new packed length is a multiple of `group_size` for both halves, as keys may not be packed less than values.
-    Tokens of a group that is cut are read from the ring again. Those whose rows were overwritten go back there as
-    their dequantized values, pool tokens with their exact ones, and count as real: whether they were padding is no
-    longer known. Tracing that has stopped stays so, unless nothing stays packed.
-
-    Args:
-        role: which half `state` is.
-        state: its tensors by name.
-        bits: width of a code.
-        group_size: tokens of a key group.
-        capacity: seats of the outlier pool.
-        packed: tokens that are codes now.
-        in_ring: how many of them, the newest, are in the ring, too.
-        length: tokens that stay.
-    """
-    remaining = min(packed, length // group_size * group_size)
-    if remaining == packed:
-        return packed
-    overwritten = min(packed - in_ring, length)
-    if remaining < overwritten:
-        residual = state[f"{role}_residual"]
-        row = torch.remainder(torch.arange(remaining, overwritten, device=residual.device), residual.shape[2])
-        rows = read_tokens(role, state, bits, packed, remaining, overwritten)
-        row_scale = present(state.get(f"{role}_residual_scale"))
-        if row_scale is not None:
-            rows, scale = encode_rows(rows)
-            row_scale.index_copy_(2, row, scale)
-        residual.index_copy_(2, row, rows)
-        if role == "key":
-            state["residual_valid"].index_fill_(1, row, 1)
     if f"outlier_{role}" in state:
-        _free_rows(role, state, capacity, remaining)
-    return remaining
+        pool_position = state["outlier_position" if role == "key" else "value_outlier_position"].long()
+        dense = _put_rows(dense, start, stop, state[f"outlier_{role}"], pool_position)
+    seat_row = state.get("seat_row" if role == "key" else "value_seat_row")
+    if seat_row is not None and seat_row.shape[3]:
+        names = (f"seat_{role}", f"seat_{role}_scale")
+        codes, scale, rows = (
+            tensor.narrow(2, first_page, count) for tensor in (*(state[name] for name in names), seat_row)
+        )
+        seated, seat_position = read_seats(codes, scale, rows, first_page)
+        dense = _put_rows(dense, start, min(stop, packed), seated.to(dtype), seat_position)
+    return dense
 
 
-def _free_rows(role: Role, state: Mapping[str, Tensor], capacity: int, remaining: int) -> None:
-    position = state["outlier_position" if role == "key" else "value_outlier_position"]
-    rows = state[f"outlier_{role}"]
-    kept = (position >= 0) & (position < remaining)
-    # Rows that stay move up within the pool and within the spill pool; their order is the order of arrival.
-    order = torch.cat(
-        [
-            part.logical_not().to(torch.uint8).argsort(dim=-1, stable=True) + offset
-            for part, offset in ((kept[..., :capacity], 0), (kept[..., capacity:], capacity))
-        ],
-        dim=-1,
-    )
-    rows.copy_(rows.gather(2, order.unsqueeze(-1).expand(rows.shape)))
-    position.copy_(torch.where(kept, position, -1).gather(-1, order))
-    if role == "key":
-        spill_count, limit = state["spill_count"], max(position.shape[-1] - capacity, 1)
-        in_use = kept[..., capacity:].sum(-1).to(spill_count.dtype)
-        stays_stopped = (spill_count >= limit) & (remaining > 0)
-        spill_count.copy_(torch.where(stays_stopped, limit, in_use))
+def _put_rows(dense: Tensor, start: int, stop: int, rows: Tensor, position: Tensor) -> Tensor:
+    # `dense` from token `start` on, with rows that have their positions in `start .. stop - 1` in their places.
+    tokens = dense.shape[2]
+    wanted = (position >= start) & (position < stop)
+    # One more row takes those that are not wanted.
+    target = torch.where(wanted, position - start, tokens).unsqueeze(-1).expand(rows.shape)
+    extended = torch.cat([dense, dense.new_zeros(*dense.shape[:2], 1, dense.shape[3])], dim=2)
+    return extended.scatter(2, target, rows).narrow(2, 0, tokens)

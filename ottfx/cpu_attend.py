@@ -36,7 +36,7 @@ class _Arguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 "batch kv_heads group_heads q_len head_dim capacity key_groups value_groups key_bits value_bits "
-                "window_rows window_type pool_rows pool_type mask_type"
+                "window_rows window_type pool_rows pool_type page_seats mask_type"
             ).split()
         ),
         ("mask_strides", ctypes.c_int64 * 4),
@@ -46,7 +46,8 @@ class _Arguments(ctypes.Structure):
             for name in (
                 "lengths query key value key_codes value_codes key_scale key_zero_point value_scale value_zero_point "
                 "key_order key_residual value_residual key_residual_scale value_residual_scale "
-                "outlier_key outlier_value outlier_position mask result"
+                "outlier_key outlier_value outlier_position seat_key seat_value seat_row seat_key_scale "
+                "seat_value_scale mask result"
             ).split()
         ),
     ]
@@ -106,6 +107,11 @@ def attend(
     outlier_key: Tensor | None = None,
     outlier_position: Tensor | None = None,
     outlier_value: Tensor | None = None,
+    seat_key: Tensor | None = None,
+    seat_key_scale: Tensor | None = None,
+    seat_row: Tensor | None = None,
+    seat_value: Tensor | None = None,
+    seat_value_scale: Tensor | None = None,
     key_order: Tensor | None = None,
     key_residual_scale: Tensor | None = None,
     value_residual_scale: Tensor | None = None,
@@ -137,6 +143,7 @@ def attend(
         window_type=_TYPES[key_residual.dtype],
         pool_rows=0 if outlier_key is None else outlier_key.shape[2],
         pool_type=_NO_TYPE if outlier_key is None else _TYPES[outlier_key.dtype],
+        page_seats=0 if seat_row is None else seat_row.shape[3],
         mask_type=_NO_TYPE if mask is None else _TYPES[mask.dtype],
         mask_strides=(ctypes.c_int64 * 4)(*strides),
         softmax_scale=softmax_scale,
@@ -158,6 +165,11 @@ def attend(
         outlier_key=_address(outlier_key),
         outlier_value=_address(outlier_value),
         outlier_position=_address(outlier_position),
+        seat_key=_address(seat_key),
+        seat_value=_address(seat_value),
+        seat_row=_address(seat_row),
+        seat_key_scale=_address(seat_key_scale),
+        seat_value_scale=_address(seat_value_scale),
         mask=_address(mask),
         result=result.data_ptr(),
     )

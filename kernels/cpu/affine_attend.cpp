@@ -3,7 +3,7 @@
 // What is stored and what is computed: docs/storage.md; the definition: ottfx/affine_read.py.
 //
 // The tokens of one head, which here is one kv head of one sequence, are cut into tiles of up to 128: packed pages, then
-// rows of the window, of the outlier pool, and the new tokens. A task is a range of tiles; its softmax runs over them in
+// rows of the window, of the outlier pool, of the seats, and the new tokens. A task is a range of tiles; its softmax runs over them in
 // float32. The results of the tasks of a head are joined in the end.
 
 #include <algorithm>
@@ -73,7 +73,8 @@ class Task {
   }
 
   int64_t tiles() const {
-    return pages_of(packed) + pages_of(past - window_start) + pages_of(a.pool_rows) + pages_of(a.q_len);
+    return pages_of(packed) + pages_of(past - window_start) + pages_of(a.pool_rows) + pages_of(seats()) +
+           pages_of(a.q_len);
   }
 
   void add_tile(int64_t tile) {
@@ -82,7 +83,9 @@ class Task {
     if (tile < pages_of(past - window_start)) return add_window(window_start + tile * kPage);
     tile -= pages_of(past - window_start);
     if (tile < pages_of(a.pool_rows)) return add_pool(tile * kPage);
-    add_new((tile - pages_of(a.pool_rows)) * kPage);
+    tile -= pages_of(a.pool_rows);
+    if (tile < pages_of(seats())) return add_seats(tile * kPage);
+    add_new((tile - pages_of(seats())) * kPage);
   }
 
  private:
@@ -160,6 +163,20 @@ class Task {
       if (position[t] >= past) position[t] = -1;
     }
     add_rows({a.outlier_key, a.outlier_value, a.pool_type, head * a.pool_rows});
+  }
+
+  // Of the pages that hold packed tokens.
+  int64_t seats() const { return pages_of(packed) * a.page_seats; }
+
+  void add_seats(int64_t first) {
+    const int64_t first_of_head = head * a.capacity * a.page_seats;
+    for (int64_t t = 0; t < kPage; ++t) {
+      row[t] = first + t;
+      const int64_t in_page = row[t] < seats() ? a.seat_row[first_of_head + row[t]] : -1;
+      position[t] = in_page < 0 ? -1 : row[t] / a.page_seats * kPage + in_page;
+      if (position[t] >= packed) position[t] = -1;
+    }
+    add_rows({a.seat_key, a.seat_value, kInt8, first_of_head, a.seat_key_scale, a.seat_value_scale});
   }
 
   void add_new(int64_t first) {

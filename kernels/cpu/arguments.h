@@ -13,7 +13,7 @@ struct Arguments {
   int64_t batch, kv_heads, group_heads, q_len, head_dim;  // group_heads: query heads of a kv head
   int64_t capacity, key_groups, value_groups;             // pages; key groups of a page; value groups of a token
   int64_t key_bits, value_bits;
-  int64_t window_rows, window_type, pool_rows, pool_type, mask_type;
+  int64_t window_rows, window_type, pool_rows, pool_type, page_seats, mask_type;
   int64_t mask_strides[4];  // in elements, of [batch, heads, queries, columns]; 0 where broadcast
   double softmax_scale;
   const int64_t* lengths;  // past, key_packed, value_packed
@@ -25,6 +25,8 @@ struct Arguments {
   const Half *key_residual_scale, *value_residual_scale;  // of int8 rows
   const void *outlier_key, *outlier_value;
   const int32_t* outlier_position;
+  const int8_t *seat_key, *seat_value, *seat_row;
+  const Half *seat_key_scale, *seat_value_scale;
   const void* mask;
   float* result;  // [batch, kv_heads, group_heads, q_len, head_dim], as `query`
 };

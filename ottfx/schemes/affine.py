@@ -11,7 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ottfx.affine_read import read_tokens, rewind
+from ottfx.affine_read import read_tokens
+from ottfx.affine_rewind import rewind
 from ottfx.errors import ConfigError
 from ottfx.reference import CODE_BITS, words_per_page
 from ottfx.schemes.base import PAGE, CacheShape, Role, Scheme, SchemeConfig, TensorSpec
@@ -23,13 +24,18 @@ LayerBits = int | tuple[int, int]
 Config = TypeVar("Config", bound="AffineConfig")
 
 
-def state_names(*, with_pool: bool, with_order: bool = False, with_row_scales: bool = False) -> tuple[str, ...]:
+def state_names(
+    *, with_pool: bool, with_seats: bool = False, with_order: bool = False, with_row_scales: bool = False
+) -> tuple[str, ...]:
     """Return the names of the state tensors of both halves, in the order in which the ops take them."""
     key = ["key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid"]
     value = ["value_codes", "value_scale", "value_zero_point", "value_residual"]
     if with_pool:
         key += ["outlier_key", "outlier_position", "spill_count"]
         value += ["outlier_value", "value_outlier_position"]
+    if with_seats:
+        key += ["seat_key", "seat_key_scale", "seat_row"]
+        value += ["seat_value", "seat_value_scale", "value_seat_row"]
     if with_order:
         key += ["key_order"]
     if with_row_scales:
@@ -74,11 +80,11 @@ class AffineConfig(SchemeConfig):
         channels = self.value_group_size
         self.require(
             "value_group_size",
-            channels is None or (_is_int(channels) and channels >= 16 and channels % 16 == 0),
+            channels is None or (is_int(channels) and channels >= 16 and channels % 16 == 0),
             "None or a positive multiple of 16",
         )
         length = self.residual_length
-        self.require("residual_length", _is_int(length) and length >= 0, "0 or a positive number of tokens")
+        self.require("residual_length", is_int(length) and length >= 0, "0 or a positive number of tokens")
 
     def require(self, name: str, holds: bool, expected: str) -> None:
         """Raise ConfigError about the field `name` unless `holds`."""
@@ -171,7 +177,7 @@ class AffineScheme(Scheme[Config]):
         return spec
 
     def read(self, config: Config, role: Role, state: Mapping[str, Tensor], packed: int, length: int) -> Tensor:
-        """Dequantize the first `length` tokens; those of the outlier pool have their exact values."""
+        """Dequantize the first `length` tokens; those kept apart have their values there."""
         return read_tokens(role, state, config.bits_of(role), packed, 0, length)
 
     def rewind(
@@ -182,5 +188,6 @@ class AffineScheme(Scheme[Config]):
         return rewind(role, state, config.bits_of(role), config.group_size, seats, packed, in_ring, length)
 
 
-def _is_int(number: Any) -> bool:
+def is_int(number: Any) -> bool:
+    """Whether an option is a whole number, and not True or False."""
     return isinstance(number, int) and not isinstance(number, bool)

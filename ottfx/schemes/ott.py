@@ -57,7 +57,11 @@ class OTTConfig(AffineConfig):
 
     def describe(self) -> str:
         """One line, such as `ott 2-bit, group 128, residual 32, pool 3+32`."""
-        return f"{super().describe()}, pool {self.outlier_capacity}+{self.spill_capacity}"
+        return f"{super().describe()}, {self.describe_apart()}"
+
+    def describe_apart(self) -> str:
+        """What is kept apart: `pool 3+32`."""
+        return f"pool {self.outlier_capacity}+{self.spill_capacity}"
 
 
 def _append(

@@ -13,13 +13,15 @@ from ottfx.mixed_words import AVERAGE_BITS
 from ottfx.ops import affine_append, affine_attend, bind
 from ottfx.registry import register_scheme
 from ottfx.rotation import rotate_back
-from ottfx.schemes.affine import state_names
-from ottfx.schemes.base import CacheShape, Role, TensorSpec
+from ottfx.schemes.affine import is_int, state_names
+from ottfx.schemes.base import PAGE, CacheShape, Role, TensorSpec
 from ottfx.schemes.ott import OTT, OTTConfig
 from ottfx.window_rows import present
 
 SWITCHES = ("mixed_keys", "range_search", "rotate_values", "symmetric_values", "quantized_residual")
 """The options that are parts of the scheme, each on or off."""
+
+MOST_SEATS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,12 @@ class OTTPlusConfig(OTTConfig):
 
     scheme = "ott+"
 
+    outlier_capacity: int = 0
     spill_capacity: int = 3
     exempt_layers: tuple[int, ...] = ()
+    """Layers that keep no token apart."""
+    group_seats: int = 1
+    """Tokens of each key group that are kept apart, in 8 bits: those of least key norm. 0 for none, or for a pool."""
     mixed_keys: bool = True
     """Whether 2-bit keys have 4, 3, 2 or 1 bits by the range of their channel, 2 on average."""
     range_search: bool = True
@@ -44,6 +50,13 @@ class OTTPlusConfig(OTTConfig):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
+        self.require(
+            "group_seats",
+            is_int(self.group_seats) and 0 <= self.group_seats <= MOST_SEATS,
+            f"from 0 to {MOST_SEATS}",
+        )
+        both = self.group_seats > 0 and self.outlier_capacity > 0
+        self.require("group_seats", not both, f"0 beside a pool (outlier_capacity={self.outlier_capacity})")
         for name in SWITCHES:
             self.require(name, isinstance(getattr(self, name), bool), "True or False")
 
@@ -59,18 +72,29 @@ class OTTPlusConfig(OTTConfig):
         return super().value_channels(head_dim)
 
     def describe(self) -> str:
-        """One line, such as `ott+ 2-bit, group 128, residual 32, pool 3+3`, and what is switched off."""
+        """One line, such as `ott+ 2-bit, group 128, residual 32, seats 1`, and what is switched off."""
         off = [name for name in SWITCHES if not getattr(self, name)]
         return ", without ".join([super().describe(), *off])
+
+    def describe_apart(self) -> str:
+        """What is kept apart: `seats 2` of each group, or the pool."""
+        return f"seats {self.group_seats}" if self.group_seats else super().describe_apart()
+
+    def at_layer(self, layer_index: int) -> OTTPlusConfig:
+        """Resolve widths, and what is kept apart, of one layer."""
+        config = super().at_layer(layer_index)
+        assert isinstance(config, OTTPlusConfig)
+        return dataclasses.replace(config, group_seats=0) if layer_index in self.exempt_layers else config
 
 
 def _append(
     key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int,
     key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_residual: Tensor, residual_valid: Tensor,
-    outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor, key_order: Tensor,
-    key_residual_scale: Tensor,
+    outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor,
+    seat_key: Tensor, seat_key_scale: Tensor, seat_row: Tensor, key_order: Tensor, key_residual_scale: Tensor,
     value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_residual: Tensor,
-    outlier_value: Tensor, value_outlier_position: Tensor, value_residual_scale: Tensor,
+    outlier_value: Tensor, value_outlier_position: Tensor,
+    seat_value: Tensor, seat_value_scale: Tensor, value_seat_row: Tensor, value_residual_scale: Tensor,
     key_bits: int, value_bits: int, group_size: int, residual_length: int,
     outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
     range_search: bool, rotate_values: bool,
@@ -82,7 +106,12 @@ def _append(
         value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
         value_residual=value_residual,
         outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
-        value_outlier_position=value_outlier_position, spill_count=spill_count, key_order=_order(key_order),
+        value_outlier_position=value_outlier_position, spill_count=spill_count,
+        **_seats(
+            seat_key=seat_key, seat_key_scale=seat_key_scale, seat_row=seat_row,
+            seat_value=seat_value, seat_value_scale=seat_value_scale, value_seat_row=value_seat_row,
+        ),
+        key_order=_order(key_order),
         key_residual_scale=present(key_residual_scale), value_residual_scale=present(value_residual_scale),
         key_bits=key_bits, value_bits=value_bits, group_size=group_size,
         key_window=residual_length, key_step=group_size, value_window=residual_length, value_step=group_size,
@@ -95,10 +124,11 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, lengths: Tensor, site: int, past_length: int,
     softmax_scale: float,
     key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_residual: Tensor, residual_valid: Tensor,
-    outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor, key_order: Tensor,
-    key_residual_scale: Tensor,
+    outlier_key: Tensor, outlier_position: Tensor, spill_count: Tensor,
+    seat_key: Tensor, seat_key_scale: Tensor, seat_row: Tensor, key_order: Tensor, key_residual_scale: Tensor,
     value_codes: Tensor, value_scale: Tensor, value_zero_point: Tensor, value_residual: Tensor,
-    outlier_value: Tensor, value_outlier_position: Tensor, value_residual_scale: Tensor,
+    outlier_value: Tensor, value_outlier_position: Tensor,
+    seat_value: Tensor, seat_value_scale: Tensor, value_seat_row: Tensor, value_residual_scale: Tensor,
     key_bits: int, value_bits: int, group_size: int, residual_length: int,
     outlier_capacity: int, score_norm: int, replacement: str, mask_replaced: bool,
     range_search: bool, rotate_values: bool,
@@ -109,6 +139,10 @@ def _attend(
         value_codes=value_codes, value_scale=value_scale, value_zero_point=_zero_points(value_zero_point),
         value_residual=value_residual,
         outlier_key=outlier_key, outlier_position=outlier_position, outlier_value=outlier_value,
+        **_seats(
+            seat_key=seat_key, seat_key_scale=seat_key_scale, seat_row=seat_row,
+            seat_value=seat_value, seat_value_scale=seat_value_scale,
+        ),
         key_order=_order(key_order),
         key_residual_scale=present(key_residual_scale), value_residual_scale=present(value_residual_scale),
         key_bits=key_bits, value_bits=value_bits, rotate_values=rotate_values,
@@ -117,6 +151,10 @@ def _attend(
 
 def _order(key_order: Tensor) -> Tensor | None:
     return key_order if key_order.shape[-1] else None
+
+
+def _seats(**state: Tensor) -> dict[str, Tensor]:
+    return state if state["seat_row"].shape[3] else {}
 
 
 def _zero_points(value_zero_point: Tensor) -> Tensor | None:
@@ -144,7 +182,7 @@ class OTTPlus(OTT):
     append_op = bind(
         "ott_plus_append",
         _append,
-        mutates=state_names(with_pool=True, with_order=True, with_row_scales=True),
+        mutates=state_names(with_pool=True, with_seats=True, with_order=True, with_row_scales=True),
         outline=True,
     )
     attend_op = bind("ott_plus_attend", _attend, outline=True)
@@ -153,6 +191,12 @@ class OTTPlus(OTT):
         """Name every state tensor of one half; what a switch makes unnecessary has a size of 0."""
         assert isinstance(config, OTTPlusConfig)
         spec = super().state_spec(config, role, shape)
+        seats = config.group_seats * (PAGE // config.group_size)
+        rows = (shape.batch_size, shape.num_kv_heads, shape.pages, seats)
+        row = "seat_row" if role == "key" else "value_seat_row"
+        spec[f"seat_{role}"] = TensorSpec(shape=(*rows, shape.head_dim), dtype=torch.int8, part="pool", paged_dim=2)
+        spec[f"seat_{role}_scale"] = TensorSpec(shape=rows, dtype=torch.float16, part="pool", paged_dim=2)
+        spec[row] = TensorSpec(shape=rows, dtype=torch.int8, part="tables", fill=-1, paged_dim=2)
         if role == "key":
             order = (shape.batch_size, shape.num_kv_heads, shape.head_dim if config.mixes_keys else 0)
             spec["key_order"] = TensorSpec(shape=order, dtype=torch.int16, part="tables", fill=-1)

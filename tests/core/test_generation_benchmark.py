@@ -78,7 +78,7 @@ def test_recordings_replays_and_recompilations_of_the_measured_run_are_counted(g
     assert row["graphs_compiled"] == row["refusals"] == 0
     # The cache is at new addresses: one step runs directly, the next is recorded and replayed.
     assert (row["warmups"], row["recordings"], row["replays"]) == (1, 1, SHORT.new_tokens - 2)
-    assert row["scheme"] == "ott+ 2-bit, group 128, residual 32, pool 3+3"
+    assert row["scheme"] == "ott+ 2-bit, group 128, residual 32, seats 1"
 
 
 @given(limit=st.integers(0, 300), start=st.integers(1, 100), most=st.integers(1, 400))

@@ -1,4 +1,4 @@
-"""The comparison of who has a seat: seats in pages, and what attention loses."""
+"""The comparison of who is kept apart: what a cache gives back, and what attention loses."""
 
 import csv
 
@@ -6,16 +6,7 @@ import pytest
 import torch
 
 from benchmarks import outlier_seats
-from benchmarks.outlier_seats import (
-    NO_POOL,
-    QUARTERS,
-    Layer,
-    Way,
-    given_back,
-    losses,
-    page_outliers,
-    with_page_seats,
-)
+from benchmarks.outlier_seats import QUARTERS, WAYS, Layer, given_back, losses
 from ottfx.dense_run import AskedLayer
 
 
@@ -35,22 +26,12 @@ def layer():
     return Layer(index=3, at_quarters=[asked(key[:, :end], value[:, :end], torch.randn(4, 8, 32)) for end in ends])
 
 
-def test_the_lowest_norm_of_each_page_has_a_seat(layer):
-    key, _ = layer.rows
-    seated = page_outliers(key, Way(name="", options={}, page_seats=1))
-    assert seated.shape == (2, 512, 1) and seated.unflatten(1, (4, 128)).sum(2).eq(1).all()
-    assert seated[:, 200].all() and seated[:, 300].all()
-    only_small = page_outliers(key, Way(name="", options={}, page_seats=2, below=0.1))
-    assert only_small.nonzero()[:, 1].tolist() == [200, 300] * 2
-
-
-def test_seated_tokens_are_nearly_exact_and_their_pages_better_off(layer):
-    read, taken = with_page_seats(layer, Way(name="", options=NO_POOL, page_seats=1))
-    assert taken == 1
+def test_tokens_with_a_seat_are_nearly_exact_and_their_groups_better_off(layer):
+    read = given_back(layer.index, WAYS["ott+"], layer.rows)
     assert [key.shape[1] for key, _ in read] == [128, 256, 384, 512]
     for rows, exact in zip(read[-1], layer.rows, strict=True):
         assert (rows - exact)[:, [200, 300]].abs().max() < 0.01 * exact.abs().max()
-    without, _ = given_back(layer.index, NO_POOL, layer.rows)[-1]
+    without, _ = given_back(layer.index, WAYS["nobody"], layer.rows)[-1]
     errors = [(rows - layer.rows[0]).square()[:, 128:384].mean() for rows in (read[-1][0], without)]
     assert errors[0] < 0.8 * errors[1]
 
@@ -72,12 +53,12 @@ def test_losses_are_those_of_the_definition(layer):
 
 
 def test_a_run_writes_a_row_for_each_way(tmp_path, monkeypatch):
-    monkeypatch.setattr(outlier_seats, "WAYS", outlier_seats.WAYS[:1] + outlier_seats.WAYS[4:5])
+    monkeypatch.setattr(outlier_seats, "WAYS", {name: WAYS[name] for name in ("ott+", "pool 3+3")})
     out = tmp_path / "seats"
     assert outlier_seats.main(["--model", "random-qwen2", "--tokens", "512", "--out", str(out)]) == 0
     with out.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["way"] for row in rows] == ["ott+", "page seats 1"] and rows[1]["taken_of_a_page"] == "1.0"
+    assert [row["way"] for row in rows] == ["ott+", "pool 3+3"]
     assert all(float(row[f"kl_q{quarter}"]) > 0 for row in rows for quarter in range(1, 5))
 
 

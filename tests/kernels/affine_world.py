@@ -11,9 +11,10 @@ from ottfx.rotation import rotate
 PAGE = 128
 SITE = 1
 POOL = ("outlier_key", "outlier_position", "outlier_value")
+SEATS = ("seat_key", "seat_key_scale", "seat_row", "seat_value", "seat_value_scale")
 READ_BY_ATTEND = (
     "key_codes", "key_scale", "key_zero_point", "key_residual",
-    "value_codes", "value_scale", "value_zero_point", "value_residual", *POOL, "key_order",
+    "value_codes", "value_scale", "value_zero_point", "value_residual", *POOL, *SEATS, "key_order",
     "key_residual_scale", "value_residual_scale",
 )  # fmt: skip
 
@@ -32,6 +33,7 @@ class Case:
     residual_length: int = 32
     capacity: int = 3
     spill: int = 8
+    seats: int = 0
     score_norm: int = 1
     replacement: str = "rest"
     mask_replaced: bool = True
@@ -55,6 +57,9 @@ class Case:
             return (self.residual_length, self.group_size) * 2
         return 0, self.residual_length, self.residual_length, 1
 
+    def pool_seats(self):
+        return self.capacity if self.scheme == "ott" and not self.seats else 0
+
     def read_options(self):
         absent = {"value_zero_point": None} if self.symmetric else {}
         return absent | {"key_bits": self.key_bits, "value_bits": self.value_bits}
@@ -63,7 +68,7 @@ class Case:
         names = ("key_window", "key_step", "value_window", "value_step")
         return dict(
             zip(names, self.schedule(), strict=True), **self.read_options(), range_search=self.range_search,
-            group_size=self.group_size, outlier_capacity=self.capacity if self.scheme == "ott" else 0,
+            group_size=self.group_size, outlier_capacity=self.pool_seats(),
             score_norm=self.score_norm, replacement=self.replacement, mask_replaced=self.mask_replaced,
         )  # fmt: skip
 
@@ -87,12 +92,18 @@ class Case:
             state["key_order"] = torch.full((*lead, self.head_dim), -1, dtype=torch.int16)
         state["residual_valid"] = torch.zeros(self.batch, self.ring(), dtype=torch.uint8)
         if self.scheme == "ott":
-            rows = (*lead, self.capacity + self.spill if self.capacity else 0)
+            rows = (*lead, self.capacity + self.spill if self.pool_seats() else 0)
             for role in ("key", "value"):
                 state[f"outlier_{role}"] = torch.zeros(*rows, self.head_dim, dtype=self.dtype)
             for name in ("outlier_position", "value_outlier_position"):
                 state[name] = torch.full(rows, -1, dtype=torch.int32)
             state["spill_count"] = torch.zeros(lead, dtype=torch.int32)
+        if self.seats:
+            rows = (*lead, self.pages, self.seats * PAGE // self.group_size)
+            for role, row in (("key", "seat_row"), ("value", "value_seat_row")):
+                state[f"seat_{role}"] = torch.zeros(*rows, self.head_dim, dtype=torch.int8)
+                state[f"seat_{role}_scale"] = torch.zeros(rows, dtype=torch.float16)
+                state[row] = torch.full(rows, -1, dtype=torch.int8)
         return state
 
 

@@ -22,6 +22,10 @@ SMALL = [
 ]
 PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3, coded_window=True, rotated=True)
 SMALL += [
+    (Case(**PLUS, seats=2), (70, 1, 30, 100)),
+    (Case(**PLUS, seats=3, group_size=64, residual_length=0, dtype=torch.float16), (130, 1, 62, 1)),
+    (Case(**PLUS, seats=1, batch=2, kv_heads=2, head_dim=80, group_size=128, score_norm=2), (63, 98, 2)),
+    (Case(seats=2, key_bits=3, value_bits=4, value_group_size=16), (100, 40)),
     (Case(**PLUS), (70, 1, 30, 100)),
     (Case(**PLUS, residual_length=0, dtype=torch.float16), (30, 1, 1, 1)),
     (Case(**PLUS, capacity=0, head_dim=48), (95, 1)),
@@ -33,6 +37,9 @@ SMALL += [
     (Case(range_search=True, key_bits=4, value_bits=4, value_group_size=16), (100,)),
 ]
 WHOLE_PAGES = [
+    (Case(**PLUS, seats=2, group_size=128, head_dim=64, pages=5, dtype=torch.float16), (40, 450)),
+    (Case(**PLUS, seats=1, batch=2, kv_heads=2, score_norm=2, pages=4), (300, 40)),
+    (Case(seats=2, key_bits=4, value_bits=3, value_group_size=16, pages=4), (400,)),
     (Case(**PLUS, batch=2, pages=4), (300, 40)),
     (Case(**PLUS, group_size=128, head_dim=64, pages=5, dtype=torch.float16), (40, 450)),
     (Case(range_search=True, key_bits=3, value_bits=4, value_group_size=16, pages=4), (200,)),
@@ -47,6 +54,10 @@ WHOLE_PAGES = [
     (Case(head_dim=96, pages=4), (400,)),
 ]  # fmt: skip
 LARGE = [
+    (Case(**PLUS, seats=2, batch=3, kv_heads=8, head_dim=head_dim, group_size=128, pages=40, dtype=dtype),
+     (2000, 1, 1500, 95, 1))
+    for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (256, torch.bfloat16))
+] + [
     (Case(**PLUS, batch=3, kv_heads=8, head_dim=head_dim, group_size=128, pages=40, dtype=dtype),
      (2000, 1, 1500, 95, 1))
     for head_dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (256, torch.bfloat16))
@@ -112,6 +123,16 @@ def assert_pools_agree(got, expected, case):
     assert torch.equal(got["spill_count"], expected["spill_count"])
 
 
+def assert_seats_agree(got, expected):
+    for name in ("seat_row", "value_seat_row"):
+        assert torch.equal(got[name], expected[name]), name
+    for role in ("key", "value"):
+        assert_constants_agree(got[f"seat_{role}_scale"], expected[f"seat_{role}_scale"], role)
+        difference = (got[f"seat_{role}"].int() - expected[f"seat_{role}"].int()).abs()
+        assert difference.max() <= 1, role
+        assert (difference > 0).float().mean() <= DIFFERENT_CODE_SHARE, role
+
+
 def assert_states_agree(got, expected, case):
     pages = [("key", case.key_bits, 128, case.head_dim), ("value", case.value_bits, case.head_dim, 128)]
     for role, bits, rows, contraction in pages:
@@ -129,6 +150,8 @@ def assert_states_agree(got, expected, case):
             assert_rows_agree(got, expected, role)
     else:
         assert torch.equal(got["value_residual"], expected["value_residual"])
+    if case.seats:
+        assert_seats_agree(got, expected)
     if case.scheme == "ott":
         assert case.coded_window or torch.equal(got["key_residual"], expected["key_residual"])
         assert_pools_agree(got, expected, case)

@@ -27,6 +27,12 @@ SMALL = [
 ]
 PLUS = dict(mixed=True, range_search=True, symmetric=True, spill=3, coded_window=True, rotated=True)
 SMALL += [
+    (Case(**PLUS, seats=2, head_dim=64, group_size=128, pages=6, dtype=HALF), (600,), 1, "none"),
+    (Case(**PLUS, seats=3, batch=2, heads=4, kv_heads=2, head_dim=80, dtype=HALF), (40, 250), 2, "heads"),
+    (Case(**PLUS, seats=1, heads=6, kv_heads=2, head_dim=96, group_size=64, dtype=HALF), (100, 30), 1, "bool"),
+    (Case(**PLUS, seats=2, heads=3, dtype=FLOAT), (100, 30), 3, "causal"),
+    (Case(**PLUS, seats=2, value_bits=4, value_group_size=16, head_dim=48, dtype=HALF), (90,), 1, "float"),
+    (Case(seats=2, key_bits=3, value_bits=4, dtype=HALF), (200,), 1, "bool"),
     (Case(**PLUS, head_dim=64, dtype=HALF), (200,), 1, "none"),
     (Case(**PLUS, batch=2, heads=4, kv_heads=2, head_dim=80, group_size=128, dtype=HALF), (40, 250), 2, "bool"),
     (Case(**PLUS, heads=3, dtype=FLOAT), (100, 30), 3, "causal"),
@@ -53,9 +59,11 @@ LARGE = [
     for n in (1, 70)
 ] + [
     (
-        Case(**PLUS, batch=3, heads=heads, kv_heads=4, head_dim=head_dim, group_size=group_size, pages=40, dtype=dtype),
+        Case(**PLUS, seats=seats, batch=3, heads=heads, kv_heads=4, head_dim=head_dim, group_size=group_size, pages=40,
+             dtype=dtype),
         (2000, 1, 1500, 95), n, kind,
     )
+    for seats in (0, 2)
     for head_dim, group_size, dtype in ((128, 128, BFLOAT), (64, 128, HALF), (256, 64, BFLOAT), (96, 32, HALF))
     for heads, n, kind in ((4, 1, "none"), (16, 1, "bool"), (8, 4, "causal"), (4, 200, "causal"))
 ]  # fmt: skip
@@ -122,11 +130,13 @@ def test_attend_gives_what_the_definition_gives(case, steps, q_len, mask_kind, k
     check(case, steps, q_len, mask_kind, kernel_device)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("seats", [0, 3])
+@pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("q_len", [1, 2])
-def test_the_ring_is_cut_into_any_number_of_shares(monkeypatch, parts, q_len, kernel_device):
+def test_rows_are_cut_into_any_number_of_shares(monkeypatch, parts, q_len, seats, kernel_device):
     monkeypatch.setattr(decode_plan, "window_parts", lambda programs, ring_rows, slots: parts)
-    check(Case(group_size=128, coded_window=True, dtype=HALF), (290,), q_len, "bool", kernel_device)
+    case = Case(group_size=128, coded_window=True, seats=seats, dtype=HALF)
+    check(case, (290,), q_len, "bool", kernel_device)
 
 
 def test_shares_of_the_ring_are_fewer_where_programs_are_enough():

@@ -23,6 +23,7 @@ from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
 from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
 from ottfx.kernels.affine_store import _store_tokens_kernel  # noqa: E402
 from ottfx.kernels.decode_plan import K_WIDTH, LEAN_REGISTERS, TILE, decode_plan  # noqa: E402
+from ottfx.kernels.group_seats import WIDEST, _seat_tokens_kernel  # noqa: E402
 from ottfx.kernels.key_order import _order_channels_kernel  # noqa: E402
 from ottfx.kernels.launch import channel_chunk, next_power_of_2  # noqa: E402
 from ottfx.kernels.rotate import _rotate_kernel  # noqa: E402
@@ -35,13 +36,39 @@ pytestmark = [
 ]
 
 POINTERS = {
-    "key_codes": "i32", "value_codes": "i32", "lengths": "i64", "residual_valid": "u8", "valid": "i1",
-    "replaced": "i8", "outlier_position": "i32", "value_outlier_position": "i32", "spill_count": "i32",
-    "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
-    "partial": "fp32", "log_sum": "fp32", "key_order": "i16", "order": "i16",
-    "codes": "i32", "scale": "fp16", "zero_point": "fp16", "score": "fp32", "hard": "i8",
-    "key_upper": "u8", "value_upper": "u8",
-    "key_row_scale": "i64", "value_row_scale": "i64",
+    "key_codes": "i32",
+    "value_codes": "i32",
+    "lengths": "i64",
+    "residual_valid": "u8",
+    "valid": "i1",
+    "replaced": "i8",
+    "outlier_position": "i32",
+    "value_outlier_position": "i32",
+    "spill_count": "i32",
+    "key_scale": "fp16",
+    "key_zero_point": "fp16",
+    "value_scale": "fp16",
+    "value_zero_point": "fp16",
+    "partial": "fp32",
+    "log_sum": "fp32",
+    "key_order": "i16",
+    "order": "i16",
+    "codes": "i32",
+    "scale": "fp16",
+    "zero_point": "fp16",
+    "score": "fp32",
+    "hard": "i8",
+    "key_upper": "u8",
+    "value_upper": "u8",
+    "key_row_scale": "i64",
+    "value_row_scale": "i64",
+    "seat_key_scale": "i64",
+    "seat_value_scale": "i64",
+    "seat_row": "i64",
+}
+SEATS = {
+    "seat_key": "i8", "seat_value": "i8", "seat_row": "i8", "value_seat_row": "i8",
+    "seat_key_scale": "fp16", "seat_value_scale": "fp16",
 }  # fmt: skip
 
 
@@ -54,6 +81,8 @@ def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", integers="i32
     pointers = POINTERS | {"mask": mask}
     if constants.get("MIXED", False) if coded_window is None else coded_window:
         pointers |= {"key_residual": "i8", "value_residual": "i8", "key_row_scale": "fp16", "value_row_scale": "fp16"}
+    if constants.get("PAGE_SEATS") or kernel is _seat_tokens_kernel:
+        pointers |= SEATS
     if constants.get("ENCODED") is False:
         # The launcher passes the lengths where there is nothing to read.
         pointers |= {"score": "i64", "hard": "i64"}
@@ -104,13 +133,14 @@ def loop_instructions(compiled, folder):
 def decode_constants(head_dim, bits, group_size, rows, mask, plus=False):
     plan = decode_plan(
         pairs=64, num_kv_heads=8, rows=rows, head_dim=head_dim, bits=bits, group_size=group_size, ring_rows=160,
-        pages=64,
+        pages=64, page_seats=2 * plus,
     )  # fmt: skip
     constants = {
         "NUM_KV_HEADS": 8, "QUERIES_PER_KV": rows, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0],
-        "VALUE_BITS": bits[1], "GROUP": group_size, "POOL_ROWS": 35, "MASK": mask, "ONE_MASK": True,
+        "VALUE_BITS": bits[1], "GROUP": group_size, "POOL_ROWS": 0 if plus else 35, "PAGE_SEATS": 2 * plus,
+        "MASK": mask, "ONE_MASK": True,
         "SINGLE": plan.single, "COLUMNS": plan.columns, "TILE": TILE, "BLOCK_D": plan.block_d,
-        "WINDOW_PARTS": plan.window_parts, "WHOLE_TILES": group_size % TILE == 0, "K_WIDTH": K_WIDTH,
+        "WHOLE_TILES": group_size % TILE == 0, "K_WIDTH": K_WIDTH,
         "MIXED": plus, "SYMMETRIC": plus, "NEW_APART": plus,
     }  # fmt: skip
     return constants, plan.max_registers
@@ -120,7 +150,8 @@ def attend_constants(head_dim, bits, group_size, value_groups, dtype, rows, mask
     block_m, block_n, num_warps = tile_sizes(rows, head_dim, bits, dtype == "fp32")
     constants = {
         "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0],
-        "VALUE_BITS": bits[1], "GROUP": group_size, "VALUE_GROUPS": value_groups, "POOL_ROWS": 35, "MASK": mask,
+        "VALUE_BITS": bits[1], "GROUP": group_size, "VALUE_GROUPS": value_groups, "MASK": mask,
+        "POOL_ROWS": 0 if plus else 35, "PAGE_SEATS": 2 * plus,
         "MASK_FLOOR": -32752.0, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "BLOCK_M": block_m,
         "BLOCK_N": block_n, "BLOCK_D": next_power_of_2(head_dim), "MIXED": plus, "SYMMETRIC": plus,
     }  # fmt: skip
@@ -131,7 +162,7 @@ def store_constants(head_dim, bits, group_size, value_groups, traces, write_back
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0], "VALUE_BITS": bits[1],
         "GROUP": group_size, "VALUE_GROUPS": value_groups, "KEY_WINDOW": 32, "KEY_STEP": group_size,
-        "VALUE_WINDOW": 32, "VALUE_STEP": group_size, "HAS_VALID": True, "HAS_OUTLIERS": traces,
+        "VALUE_WINDOW": 32, "VALUE_STEP": group_size, "HAS_VALID": True, "HAS_OUTLIERS": traces, "SEATED": plus,
         "MEAN_OF_REST": True, "MARK": True, "WRITE_BACK": write_back, "ONE_TOKEN": traces, "ENCODED": encoded,
         "KEY_PARTS": head_dim // channel_chunk(head_dim) if encoded else 1, "VALUE_PARTS": 8 if encoded else 1,
         "CHUNK": channel_chunk(head_dim), "BLOCK_HALF": next_power_of_2(head_dim // 2),
@@ -149,6 +180,15 @@ def select_constants(head_dim, group_size, seats, spill, encoded=False):
     }  # fmt: skip
 
 
+def seat_constants(head_dim, group_size, seats, orders):
+    return {
+        "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "CAPACITY": 160, "GROUP": group_size, "WINDOW": 32,
+        "STEP": group_size, "SEATS": seats, "NORM": 1, "HAS_VALID": True, "ORDERS": orders,
+        "CHUNK": min(next_power_of_2(head_dim), WIDEST), "BLOCK_SEATS": max(4, next_power_of_2(seats)),
+        "BLOCK_D": next_power_of_2(head_dim),
+    }  # fmt: skip
+
+
 def combine_constants(rotated, block_parts=64):
     return {
         "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": 128, "SIZE": 128 if rotated else 1, "OFFSET": -1,
@@ -159,15 +199,15 @@ def combine_constants(rotated, block_parts=64):
 def encode_keys_constants(head_dim, bits, group_size, traces, padded, plus=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "GROUP": group_size, "WINDOW": 32, "STEP": group_size,
-        "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces, "CHUNK": key_tile(head_dim, plus)[0],
-        "MIXED": plus, "SEARCH": plus,
+        "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces and not plus, "SEATED": plus,
+        "CHUNK": key_tile(head_dim, plus)[0], "MIXED": plus, "SEARCH": plus,
     }  # fmt: skip
 
 
 def encode_values_constants(head_dim, bits, value_groups, padded, plus=False):
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "VALUE_GROUPS": value_groups, "WINDOW": 32, "STEP": 128,
-        "HAS_VALID": padded, "SYMMETRIC": plus, "SEARCH": plus,
+        "HAS_VALID": padded, "SEATED": plus, "SYMMETRIC": plus, "SEARCH": plus,
     }  # fmt: skip
 
 
@@ -208,8 +248,9 @@ def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, 
     constants, max_registers = decode_constants(head_dim, (2, 2), 128, rows, mask, plus)
     assert max_registers == LEAN_REGISTERS
     compiled = compile_kernel(_decode_kernel, constants, dtype, 1, maxnreg=max_registers)
-    # With a mask, channels that are padded, or a window in 8 bits, some compilers put a few words on the stack.
-    assert stack_bytes(compiled, tmp_path) <= (0 if (head_dim, mask, plus) == (128, False, False) else 16)
+    # With a mask or channels that are padded some compilers put a few words on the stack; with rows of 8 bits addresses
+    # that only their programs need, in front of all loops.
+    assert stack_bytes(compiled, tmp_path) <= (160 if plus else 0 if (head_dim, mask) == (128, False) else 16)
     instructions = loop_instructions(compiled, tmp_path)
     assert mask or head_dim == 80 or not {"LDL", "STL"} & set(instructions)
     # Codes reach the tensor cores where they were loaded: only weights and maxima cross lanes, nothing shared memory.
@@ -274,6 +315,16 @@ def test_selection_compiles(dtype, head_dim, group_size, seats, spill, encoded):
 
 
 @pytest.mark.parametrize(
+    "dtype, head_dim, group_size, seats, orders",
+    [("bf16", 128, 128, 2, True), ("fp16", 80, 64, 3, False), ("bf16", 256, 32, 1, False)],
+)
+def test_seats_compile_without_spills(dtype, head_dim, group_size, seats, orders, tmp_path):
+    constants = seat_constants(head_dim, group_size, seats, orders)
+    compiled = compile_kernel(_seat_tokens_kernel, constants, dtype, 4, coded_window=True)
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(
     "head_dim, bits, group_size, value_groups, padded, plus",
     [
         (128, (2, 2), 128, 1, False, False),
@@ -306,6 +357,7 @@ UNKNOWN_BOUNDS = [
     (_order_channels_kernel, ORDER),
     (_rotate_kernel, ROTATE),
     (_select_outliers_kernel, select_constants(128, 128, 3, 32)),
+    (_seat_tokens_kernel, seat_constants(128, 128, 2, False)),
     (_store_tokens_kernel, store_constants(128, (2, 2), 128, 1, True, False)),
     (_combine_kernel, combine_constants(True)),
     (_encode_key_pages_kernel, encode_keys_constants(128, 2, 128, True, True)),
@@ -318,5 +370,5 @@ UNKNOWN_BOUNDS = [
 @pytest.mark.parametrize("kernel, constants", UNKNOWN_BOUNDS, ids=lambda x: getattr(x, "__name__", ""))
 def test_integers_may_come_as_int64(kernel, constants):
     # So Inductor passes sizes of an exported program.
-    coded_window = kernel is _order_channels_kernel
+    coded_window = kernel in (_order_channels_kernel, _seat_tokens_kernel)
     assert compile_kernel(kernel, constants, "bf16", 4, integers="i64", coded_window=coded_window).asm["cubin"]

@@ -216,9 +216,9 @@ def test_tokens_that_go_back_to_the_window_are_encoded_again():
 def test_without_its_parts_it_is_ott():
     key, value = (random_tokens(2, 2, 250, 32) for _ in range(2))
     off = dict.fromkeys(SWITCHES, False)
-    grids = dict(group_size=32, residual_length=16, spill_capacity=3)
+    grids = dict(group_size=32, residual_length=16, outlier_capacity=3, spill_capacity=3)
     one = Store(make_config("ott", **grids).at_layer(3), 2, 2, 32, 300)
-    two = Store(make_config("ott+", **grids, **off).at_layer(3), 2, 2, 32, 300)
+    two = Store(make_config("ott+", **grids, **off, group_seats=0).at_layer(3), 2, 2, 32, 300)
     for store in (one, two):
         store.append_in_chunks(key, value, [100, 1, 149])
     for role in ROLES:
@@ -243,17 +243,25 @@ def test_each_part_lowers_the_error(switch):
 
 
 def test_bits_are_those_of_the_formula():
-    # Keys 2 + 32 / 128; values 2 + 16 / 64; 95.5 tokens on average in the window, 8 + 16 / 64, and 6 in the pool.
+    # Keys 2 + 32 / 128; values 2 + 16 / 64; 95.5 tokens on average in the window, 8 + 16 / 64; in each page a seat, its
+    # scale and its row.
     scheme, config = get_scheme("ott+"), make_config("ott+", 2).at_layer(3)
     store = Store(config, 1, 2, 64, 300, torch.float16)
     bits = [formula_bits(scheme, config, role, store.shape, 8192) for role in ROLES]
     window = 95.5 / 8192
-    assert bits == pytest.approx([(1 - window) * 2.25 + window * 8.25 + 6 * 16 / 8192] * 2, abs=1e-3)
-    assert sum(bits) / 2 < 2.35
+    seat = (8 + 16 / 64 + 8 / 64) / 128
+    assert bits == pytest.approx([(1 - window) * (2.25 + seat) + window * 8.25] * 2, abs=2e-3)
+    assert sum(bits) / 2 < 2.4
 
 
 def test_switches_are_checked_and_shown():
-    assert plus(mixed_keys=False).describe().endswith("pool 3+3, without mixed_keys")
+    assert plus(mixed_keys=False).describe().endswith("seats 1, without mixed_keys")
+    assert plus(group_seats=0, outlier_capacity=2).describe().endswith("pool 2+3")
+    with pytest.raises(Exception, match="group_seats must be 0 beside a pool"):
+        plus(outlier_capacity=3)
+    with pytest.raises(Exception, match="group_seats must be from 0 to 16"):
+        plus(group_seats=17)
+    assert make_config("ott+", exempt_layers=(3,)).at_layer(3).group_seats == 0
     with pytest.raises(Exception, match="range_search must be True or False"):
         plus(range_search=1)
     assert make_config("ott+", 3).at_layer(0).mixes_keys is False, "only two bits are divided"

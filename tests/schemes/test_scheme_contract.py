@@ -254,7 +254,7 @@ def test_rewinding_then_appending_again(scheme, length):
     window = min(150 - max(0, store.packed["value"] - length), 16)
     newest = slice(store.length - window, store.length)
     assert_kept(scheme, "value", store.read("value")[:, :, newest], again[:, :, 150 - window :])
-    if scheme in ("ott", "ott+"):
+    if scheme == "ott":
         pool, spill = store.pool_positions(0, 0)
         assert not pool & spill
         assert max(pool, default=-1) < store.packed["key"]

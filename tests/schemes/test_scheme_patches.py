@@ -8,7 +8,7 @@ import torch
 from sample_results import result_of
 from scheme_store import ROLES, Store, random_tokens
 
-from benchmarks.quality_ideas import IDEAS, add_changes
+from benchmarks.quality_ideas import IDEAS, POOL, add_changes
 from benchmarks.scheme_patches import (
     BF16,
     E4M3,
@@ -35,7 +35,7 @@ TOKENS = 420
 
 
 def filled(key, value, **options):
-    store = Store(make_config("ott+", **options).at_layer(3), 1, 2, 32, TOKENS)
+    store = Store(make_config("ott+", **POOL | options).at_layer(3), 1, 2, 32, TOKENS)
     store.append_in_chunks(key, value, [200, 1, 100, TOKENS - 301])
     return store
 
@@ -98,7 +98,7 @@ def test_e4m3_has_four_significant_bits():
 
 def attended(key, value, context, **options):
     """What one token at a time gets after a prompt, in a new store."""
-    store = Store(make_config("ott+", **options).at_layer(3), 1, 2, 32, TOKENS)
+    store = Store(make_config("ott+", **POOL | options).at_layer(3), 1, 2, 32, TOKENS)
     results = []
     with context:
         store.append(key[:, :, :300], value[:, :, :300])
@@ -119,7 +119,7 @@ def test_equal_factors_change_nothing(tokens, factor):
 
 def test_equal_factors_change_nothing_in_a_compiled_model():
     model, _ = load_known("random-qwen2")
-    variant = Variant(label="ott+", options={"scheme": "ott+", "bits": 2, "lower": "eager"})
+    variant = Variant(label="ott+", options={"scheme": "ott+", "bits": 2, **POOL, "lower": "eager"})
     ids = torch.arange(300) * 7 % model.config.vocab_size
     results = []
     for context in (nullcontext(), factors_of_keys(lambda group: torch.ones_like(group[..., :1]))):
