@@ -50,7 +50,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
     ),
     "quality-long": (
         quality.variants,
-        "ottfx eval --device cuda --schemes kivi,ott+ --bits 2 --vary group_seats=2 --tokens 8192`, also with `--device cpu",
+        "ottfx eval --device cuda --schemes kivi,ott+ --bits 2 --vary group_seats=2 --tokens 8192`, also `--device cpu",
     ),
     "quality-spread": (quality.spread, "python -m benchmarks.quality"),
 }

@@ -22,6 +22,7 @@ SWITCHES = ("mixed_keys", "range_search", "rotate_values", "symmetric_values", "
 """The options that are parts of the scheme, each on or off."""
 
 MOST_SEATS = 16
+"""Seats of a group at the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +164,15 @@ def _zero_points(value_zero_point: Tensor) -> Tensor | None:
 
 @register_scheme
 class OTTPlus(OTT):
-    """OTT's schedule and pool of outlier tokens, with grids that leave a fraction of its error at fewer bits.
+    """OTT's schedule, with outliers that each group keeps, and grids that leave a fraction of its error at fewer bits.
 
+    * Outliers: the token of least key norm of each group has a seat, in 8 bits (`ottfx.group_seats`).
     * Keys: a word holds 16 channels in 4, 3, 2 or 1 bits, the widest channels of a head in the widest elements.
     * Keys and values: grids are cut where that leaves a smaller error (`ottfx.grid_search`).
     * Values: rotated by a Hadamard matrix, then a grid around 0 with one scale a token.
     * The window: 8 bits, with one scale a token.
 
-    Nothing is calibrated. Reading costs what `ott` costs, but for the rotation of one token and of the result.
+    Nothing is calibrated. Reading costs what `ott` costs, but for the seats, and the rotation of the result.
     """
 
     name = "ott+"
