@@ -89,7 +89,7 @@ def decode_plan(
         splits = torch.sym_max(1, slots // programs)
         most_splits = max(slots // num_kv_heads, 1)
     parts = window_parts(programs, ring_rows, slots)
-    # One more for as many shares of the codes as take as long as their seats.
+    most_parts = parts if isinstance(parts, int) else -(-ring_rows // WINDOW_SHARE)
     return DecodePlan(
         single=single,
         columns=columns,
@@ -98,7 +98,7 @@ def decode_plan(
         splits=splits,
         most_splits=most_splits,
         window_parts=parts + splits * page_seats // SEATS_OF_A_SHARE,
-        most_window_parts=parts + most_splits * page_seats // SEATS_OF_A_SHARE,
+        most_window_parts=most_parts + most_splits * page_seats // SEATS_OF_A_SHARE,
         max_registers=LEAN_REGISTERS if lean else None,
     )
 
@@ -117,9 +117,6 @@ def best_splits(programs: int, tiles: int, slots: int) -> int:
     return min(range(1, max(1, min(tiles, 4 * slots // programs, slots)) + 1), key=time)
 
 
-def window_parts(programs: Any, ring_rows: int, slots: int) -> int:
+def window_parts(programs: Any, ring_rows: int, slots: int) -> Any:
     """Return into how many shares to cut the ring of each of `programs`, of which `slots` run at once."""
-    shares = -(-ring_rows // WINDOW_SHARE)
-    if not isinstance(programs, int):
-        return shares
-    return max(1, min(shares, slots // programs))
+    return torch.sym_max(1, torch.sym_min(-(-ring_rows // WINDOW_SHARE), slots // programs))

@@ -30,12 +30,14 @@ KV_HEADS, HEADS, HEAD_DIM, SEATS, SPILL, RING = 8, 32, 128, 3, 32, 160
 KEY_STATE = ("key_codes", "key_scale", "key_zero_point", "key_residual", "residual_valid")
 VALUE_STATE = ("value_codes", "value_scale", "value_zero_point", "value_residual")
 POOL = ("outlier_key", "outlier_position", "outlier_value", "value_outlier_position")
-NOT_READ = ("residual_valid", "value_outlier_position", "spill_count")
+GROUP_SEATS = ("seat_key", "seat_key_scale", "seat_row", "seat_value", "seat_value_scale", "value_seat_row")
+NOT_READ = ("residual_valid", "value_outlier_position", "spill_count", "value_seat_row")
 OTT = {
     "group_size": 128, "key_window": 32, "key_step": 128, "value_window": 32, "value_step": 128,
     "outlier_capacity": SEATS,
 }  # fmt: skip
 OTT_PLUS = OTT | {"range_search": True, "rotate_values": True}
+SEATED = OTT_PLUS | {"outlier_capacity": 0}
 KIVI = {"group_size": 32, "key_window": 0, "key_step": RING, "value_window": RING, "value_step": 1}
 
 
@@ -84,7 +86,13 @@ class Trace:
             state[f"outlier_{role}"] = self.empty(KV_HEADS, SEATS + SPILL, HEAD_DIM)
         for name in ("outlier_position", "value_outlier_position"):
             state[name] = self.empty(KV_HEADS, SEATS + SPILL, dtype=torch.int32)
-        if self.options is OTT_PLUS:
+        if self.options is SEATED:
+            rows = (KV_HEADS, self.pages, 2)
+            for role, row in (("key", "seat_row"), ("value", "value_seat_row")):
+                state[f"seat_{role}"] = self.empty(*rows, HEAD_DIM, dtype=torch.int8)
+                state[f"seat_{role}_scale"] = self.empty(*rows)
+                state[row] = self.empty(*rows, dtype=torch.int8)
+        if self.options in (OTT_PLUS, SEATED):
             state["value_zero_point"] = None
             state["key_order"] = self.empty(KV_HEADS, HEAD_DIM, dtype=torch.int16)
             for role in ("key", "value"):
@@ -166,15 +174,28 @@ def hopper() -> Iterator[None]:
 @pytest.mark.parametrize("q_len", [1, None], ids=["decode", "chunk"])
 @pytest.mark.parametrize(
     "options, launches",
-    [(OTT, {1: 4, None: 7}), (OTT_PLUS, {1: 4, None: 10}), (KIVI, {1: 4, None: 6})],
-    ids=["ott", "ott+", "kivi"],
+    [(OTT, {1: 4, None: 7}), (OTT_PLUS, {1: 4, None: 10}), (SEATED, {1: 4, None: 10}), (KIVI, {1: 4, None: 6})],
+    ids=["ott", "ott+ with a pool", "ott+", "kivi"],
 )
 def test_launchers_trace_without_guards(options, launches, q_len):
     trace = Trace(options, q_len)
-    # Two to attend. To append: two that encode whole pages, the selection of outliers, one or two stores. For `ott+` a
-    # step takes no more; a chunk takes two rotations of values, and the order of channels before it is encoded.
+    # Two to attend. To append: two that encode whole pages, the choice of those kept apart, one or two stores. A step
+    # of `ott+` takes no more; a chunk takes two rotations of values, and the order of channels before it is encoded.
     assert len(trace.launches()) == launches[q_len]
     assert trace.shapes.guards == []
+
+
+def test_large_batches_read_the_window_in_one_program_each():
+    trace = Trace(SEATED, 1)
+    sizes = trace.launches()[0].kwargs["kwargs"]
+    pairs = trace.batch * KV_HEADS
+    window_parts = sizes["window_parts"].meta["val"]
+    # With the five sequences of the trace there are many programs, so there are parts for the seats, too.
+    expected = {1: 3 + 198 * 2 // 24, 5: 3 + 39 * 2 // 24, 96: 2, 200: 1, 4000: 1}
+    expression = window_parts.node.expr
+    (symbol,) = expression.free_symbols
+    assert pairs.node.expr.free_symbols == {symbol}
+    assert {batch: int(expression.subs(symbol, batch)) for batch in expected} == expected
 
 
 def test_kernels_mutate_what_the_operators_declare():
@@ -186,12 +207,24 @@ def test_kernels_mutate_what_the_operators_declare():
     assert names[4:] == [{*POOL, "spill_count", "replaced", "hard"}, stored, stored]
 
 
-def test_a_step_of_ott_plus_orders_channels_as_it_selects_outliers():
-    trace = Trace(OTT_PLUS, 1)
+@pytest.mark.parametrize(
+    "options, apart",
+    [(OTT_PLUS, {*POOL, "spill_count"}), (SEATED, {*GROUP_SEATS})],
+    ids=["pool", "seats"],
+)
+def test_a_step_of_ott_plus_orders_channels_as_it_keeps_tokens_apart(options, apart):
+    trace = Trace(options, 1)
     names = [trace.mutated(node) for node in trace.launches()]
-    assert names[:3] == [{"partial", "log_sum"}, {"output"}, {*POOL, "spill_count", "replaced", "key_order"}]
+    assert names[:3] == [{"partial", "log_sum"}, {"output"}, {*apart, "replaced", "key_order"}]
     rows = {"key_row_scale", "value_row_scale"}
     assert names[3] == {*KEY_STATE, *VALUE_STATE, *rows} - {"value_zero_point"}
+
+
+def test_seats_are_chosen_before_pages_are_encoded():
+    trace = Trace(SEATED)
+    names = [trace.mutated(node) for node in trace.launches()]
+    at = names.index({*GROUP_SEATS, "replaced"})
+    assert {"codes", "scale", "zero_point", "hard"} in names[at + 1 :] and {"key_order"} in names[:at]
 
 
 def test_layers_differ_in_addresses_alone():
