@@ -28,15 +28,19 @@ CUTS: dict[str, Callable[[Any], Any]] = {
     CHOSEN: lambda plan: plan,
     "half the splits": lambda plan: _split(plan, max(plan.splits // 2, 1)),
     "twice the splits": lambda plan: _split(plan, plan.splits * 2),
-    "window in 1": lambda plan: replace(plan, window_parts=1),
-    "window in 2": lambda plan: replace(plan, window_parts=2),
-    "window in 3": lambda plan: replace(plan, window_parts=3),
+    "window in 1": lambda plan: _cut_window(plan, 1),
+    "window in 2": lambda plan: _cut_window(plan, 2),
+    "window in 3": lambda plan: _cut_window(plan, 3),
 }
 """Name -> from the chosen `DecodePlan` to another one."""
 
 
 def _split(plan: Any, splits: int) -> Any:
     return replace(plan, splits=splits, most_splits=splits)
+
+
+def _cut_window(plan: Any, parts: int) -> Any:
+    return replace(plan, window_parts=parts, most_window_parts=parts)
 
 
 class Cutting:

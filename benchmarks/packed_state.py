@@ -140,11 +140,11 @@ def bytes_read(halves: Halves) -> int:
     total = 0
     for half in halves:
         parts = half.bytes_by_part()
-        paged = parts["codes"] + parts["scales"]
+        of_pages = [name for name, spec in half.specs.items() if spec.paged_dim is not None and spec.part != "tables"]
+        paged = sum(half.tensors[name].nbytes for name in of_pages)
         total += paged * packed // (half.shape.pages * PAGE)
         rows = max(half.tensors[f"{half.role}_residual"].shape[2], 1)
         total += parts["residual"] // rows * (half.high - packed)
-        seats = half.tensors.get(f"seat_{half.role}")
-        of_seats = 0 if seats is None else seats.nbytes + half.tensors[f"seat_{half.role}_scale"].nbytes
-        total += parts.get("pool", 0) - of_seats + of_seats * packed // (half.shape.pages * PAGE)
+        pool = half.tensors.get(f"outlier_{half.role}")
+        total += 0 if pool is None else pool.nbytes
     return total

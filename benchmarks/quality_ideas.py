@@ -58,7 +58,7 @@ class Idea:
 
     def variant(self) -> Variant:
         """Return what `ottfx.evaluate` measures."""
-        return Variant(label=f"{PLAIN}, {self.name}", options={"scheme": "ott+", "bits": 2, **POOL, **self.options})
+        return Variant(label=f"{PLAIN}, {self.name}", options={"scheme": "ott+", "bits": 2, **self.options})
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -154,9 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / FOLDER / "quality-ideas")
     options = parser.parse_args(arguments)
     ideas = {idea.variant().label: idea for idea in IDEAS}
-    varied = default_variants(["ott+"], ["2"], OPTIONS[options.model])
-    varied = [replace(variant, options={**POOL, **variant.options}) for variant in varied]
-    every = [*varied, *(idea.variant() for idea in IDEAS)]
+    every = [*default_variants(["ott+"], ["2"], OPTIONS[options.model]), *(idea.variant() for idea in IDEAS)]
+    every = [replace(variant, options={**POOL, **variant.options}) for variant in every]
     chosen = [PLAIN, *(f"{PLAIN}{mark}{name}" for name in options.only or names for mark in (" ", ", "))]
     variants = [variant for variant in every if variant.label in chosen]
     measure = evaluate._measure

@@ -133,6 +133,8 @@ def append(
         "seat_value": seat_value, "seat_value_scale": seat_value_scale, "value_seat_row": value_seat_row,
     }  # fmt: skip
     seats = {name: tensor for name, tensor in every_seat.items() if tensor is not None}
+    seated = bool(seats)
+    keeps_apart = traces or seated
     most_keys_due = -(-q_len // key_step) * key_step
     # Sizes are known up to a bound when a step is compiled: one that never fills a page needs no encoder.
     encodes = head_dim & (head_dim - 1) == 0 and not at_most(q_len, PAGE)
@@ -143,7 +145,7 @@ def append(
         hard = torch.empty((batch_size, num_kv_heads, most_pages), dtype=torch.int8, device=key.device)
     if encodes and traces:
         score = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.float32, device=key.device)
-    if traces or seats:
+    if keeps_apart:
         replaced = torch.empty((batch_size, num_kv_heads, most_keys_due), dtype=torch.int8, device=key.device)
     common: dict[str, Any] = {
         "key_ptr": key,
@@ -180,10 +182,10 @@ def append(
     if value_zero_point is None:
         value_zero_point = value_scale
     # The encoder needs the order; without it, whoever keeps tokens apart decides the order in the same launch.
-    orders_apart = encodes or not (traces or seats)
+    orders_apart = encodes or not keeps_apart
     if key_order is not None and orders_apart:
         order_channels(common, key_order, key_window, key_step)
-    if seats:
+    if seated:
         seat_tokens(
             common, seats, key_order, window=key_window, step=key_step, norm=score_norm,
             orders=key_order is not None and not orders_apart,
@@ -192,7 +194,7 @@ def append(
         encode_pages(
             common, score, key_codes, key_scale, key_zero_point, value_codes, value_scale, value_zero_point,
             bits=(key_bits, value_bits), windows=(key_window, value_window), steps=(key_step, value_step),
-            norm=score_norm, traces=traces, seated=bool(seats), codes=codes,
+            norm=score_norm, traces=traces, seated=seated, codes=codes,
         )  # fmt: skip
     if traces:
         assert outlier_key is not None
@@ -237,10 +239,10 @@ def append(
             "KEY_STEP": key_step,
             "VALUE_WINDOW": value_window,
             "VALUE_STEP": value_step,
-            "HAS_OUTLIERS": traces or bool(seats),
-            "SEATED": bool(seats),
+            "HAS_OUTLIERS": keeps_apart,
+            "SEATED": seated,
             "MEAN_OF_REST": replacement == "rest",
-            "MARK": mask_replaced or bool(seats),
+            "MARK": mask_replaced or seated,
             "WRITE_BACK": not one_schedule,
             "KEY_PARTS": key_parts,
             "VALUE_PARTS": value_parts,

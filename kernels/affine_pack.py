@@ -213,7 +213,7 @@ def pack_value_strip(
     x = make_finite(x)
     real = load_real(valid_ptr, ring_valid_ptr, token, past, due, CAPACITY, HAS_VALID)
     if HAS_OUTLIERS:
-        # Offsets from `packed` are those of the keys: both halves have one schedule when there is a pool.
+        # Offsets from `packed` are those of the keys: both halves have one schedule where tokens are kept apart.
         replaced = tl.load(replaced_ptr + (token - packed), mask=due, other=0) != 0
     # A token with a seat is coded like any other.
     if HAS_OUTLIERS and not SEATED:

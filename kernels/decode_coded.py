@@ -207,8 +207,8 @@ def _attend_rows(
 @triton.jit
 def attend_coded_rows(
     pair, batch, head, part, window_parts, past, packed, q_len, pages, query_ptr, query_offset, key_ptr, value_ptr,
-    mask_ptr, score_factor,
-    rows, slot, live_columns, mask_offset, key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
+    mask_ptr, score_factor, rows, slot, live_columns, mask_offset,
+    key_residual_ptr, key_row_scale_ptr, value_residual_ptr, value_row_scale_ptr,
     outlier_key_ptr, outlier_position_ptr, outlier_value_ptr,
     seat_key_ptr, seat_key_scale_ptr, seat_row_ptr, seat_value_ptr, seat_value_scale_ptr, partial_ptr, log_sum_ptr,
     stride_query_batch, stride_query_head, stride_query_token,

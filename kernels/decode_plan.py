@@ -89,7 +89,7 @@ def decode_plan(
         splits = torch.sym_max(1, slots // programs)
         most_splits = max(slots // num_kv_heads, 1)
     parts = window_parts(programs, ring_rows, slots)
-    most_parts = parts if isinstance(parts, int) else -(-ring_rows // WINDOW_SHARE)
+    most_parts = parts if isinstance(parts, int) else window_parts(1, ring_rows, slots)
     return DecodePlan(
         single=single,
         columns=columns,

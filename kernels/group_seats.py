@@ -17,7 +17,7 @@ from ottfx.kernels.packing import PAGE
 from ottfx.kernels.window import encode_rows, load_real, load_tokens, packed_end
 
 MOST_PROGRAMS = 1056
-"""Programs of the launch: two rounds of what an H100 runs at once. Each takes several groups in turn."""
+"""Programs of the launch: a few rounds of what an H100 runs at once. Each takes several groups in turn."""
 WIDEST = 64
 """Channels of the tokens of a group that are looked at together."""
 

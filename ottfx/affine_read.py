@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ottfx.affine_grids import in_natural_order, read_key_pages, read_value_pages
 from ottfx.affine_schedule import ring_positions
-from ottfx.group_seats import read_seats
+from ottfx.group_seats import seat_positions, seat_rows
 from ottfx.masked_softmax import additive_mask, softmax_or_zero
 from ottfx.mixed_words import known_order
 from ottfx.schemes.base import ANY_LENGTH, PAGE, Role, is_always, new_positions
@@ -140,12 +140,11 @@ def attend(
     if seat_row is not None:
         assert seat_key is not None and seat_key_scale is not None
         assert seat_value is not None and seat_value_scale is not None
-        rows_of_pages = seat_row.index_select(2, pages)
-        (seated_key, position), (seated_value, _) = (
-            read_seats(codes.index_select(2, pages), scale_of_row.index_select(2, pages), rows_of_pages)
+        seated_key, seated_value = (
+            seat_rows(codes.index_select(2, pages), scale_of_row.index_select(2, pages))
             for codes, scale_of_row in ((seat_key, seat_key_scale), (seat_value, seat_value_scale))
         )
-        apart.append((seated_key, seated_value, position, packed))
+        apart.append((seated_key, seated_value, seat_positions(seat_row.index_select(2, pages)), packed))
     for apart_key, apart_value, position, end in apart:
         seen = (position >= 0) & (position < end)
         keys.append(torch.where(seen.unsqueeze(-1), apart_key, 0.0))
@@ -222,11 +221,8 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
         dense = _put_rows(dense, start, stop, state[f"outlier_{role}"], pool_position)
     seat_row = state.get("seat_row" if role == "key" else "value_seat_row")
     if seat_row is not None and seat_row.shape[3]:
-        names = (f"seat_{role}", f"seat_{role}_scale")
-        codes, scale, rows = (
-            tensor.narrow(2, first_page, count) for tensor in (*(state[name] for name in names), seat_row)
-        )
-        seated, seat_position = read_seats(codes, scale, rows, first_page)
+        seated = seat_rows(*(state[f"seat_{role}{what}"].narrow(2, first_page, count) for what in ("", "_scale")))
+        seat_position = seat_positions(seat_row.narrow(2, first_page, count), first_page)
         dense = _put_rows(dense, start, min(stop, packed), seated.to(dtype), seat_position)
     return dense
 

@@ -86,22 +86,25 @@ def write_seats(
     merge_pages(seat_row, due.pages, is_due, paged(row))
 
 
-def read_seats(
-    seat_codes: Tensor, seat_scale: Tensor, seat_row: Tensor, first_page: Tensor | int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return what the seats of whole pages hold, and where.
+def seat_positions(seat_row: Tensor, first_page: int = 0) -> Tensor:
+    """Return the position of the token of each seat, int64 [batch, heads, pages * seats]; -1 where a seat is free.
+
+    Behind the packed tokens seats mean nothing.
+
+    Args:
+        seat_row: int8 [batch, heads, pages, seats of a page].
+        first_page: the number of the first page.
+    """
+    page = first_page + torch.arange(seat_row.shape[2], device=seat_row.device)
+    row = seat_row.long()
+    return torch.where(row == NOBODY, -1, row + PAGE * page.unsqueeze(-1)).flatten(2, 3)
+
+
+def seat_rows(seat_codes: Tensor, seat_scale: Tensor) -> Tensor:
+    """Return what the seats of pages hold, fp32 [batch, heads, pages * seats, head_dim].
 
     Args:
         seat_codes: int8 [batch, heads, pages, seats of a page, head_dim].
         seat_scale: fp16 [batch, heads, pages, seats of a page].
-        seat_row: int8 alike.
-        first_page: the number of the first page.
-
-    Returns:
-        fp32 [batch, heads, pages * seats, head_dim]; int64 [batch, heads, pages * seats], the position of each token,
-        -1 where a seat is free. Behind the packed tokens seats mean nothing.
     """
-    page = first_page + torch.arange(seat_row.shape[2], device=seat_row.device)
-    row = seat_row.long()
-    position = torch.where(row >= 0, row + PAGE * page.unsqueeze(-1), -1)
-    return decode_rows(seat_codes, seat_scale).flatten(2, 3), position.flatten(2, 3)
+    return decode_rows(seat_codes, seat_scale).flatten(2, 3)

@@ -3,8 +3,8 @@
 // What is stored and what is computed: docs/storage.md; the definition: ottfx/affine_read.py.
 //
 // The tokens of one head, which here is one kv head of one sequence, are cut into tiles of up to 128: packed pages, then
-// rows of the window, of the outlier pool, of the seats, and the new tokens. A task is a range of tiles; its softmax runs over them in
-// float32. The results of the tasks of a head are joined in the end.
+// rows of the window, of the outlier pool, of the seats, and the new tokens. A task is a range of tiles; its softmax runs
+// over them in float32. The results of the tasks of a head are joined in the end.
 
 #include <algorithm>
 #include <limits>

@@ -36,36 +36,15 @@ pytestmark = [
 ]
 
 POINTERS = {
-    "key_codes": "i32",
-    "value_codes": "i32",
-    "lengths": "i64",
-    "residual_valid": "u8",
-    "valid": "i1",
-    "replaced": "i8",
-    "outlier_position": "i32",
-    "value_outlier_position": "i32",
-    "spill_count": "i32",
-    "key_scale": "fp16",
-    "key_zero_point": "fp16",
-    "value_scale": "fp16",
-    "value_zero_point": "fp16",
-    "partial": "fp32",
-    "log_sum": "fp32",
-    "key_order": "i16",
-    "order": "i16",
-    "codes": "i32",
-    "scale": "fp16",
-    "zero_point": "fp16",
-    "score": "fp32",
-    "hard": "i8",
-    "key_upper": "u8",
-    "value_upper": "u8",
-    "key_row_scale": "i64",
-    "value_row_scale": "i64",
-    "seat_key_scale": "i64",
-    "seat_value_scale": "i64",
-    "seat_row": "i64",
-}
+    "key_codes": "i32", "value_codes": "i32", "lengths": "i64", "residual_valid": "u8", "valid": "i1",
+    "replaced": "i8", "outlier_position": "i32", "value_outlier_position": "i32", "spill_count": "i32",
+    "key_scale": "fp16", "key_zero_point": "fp16", "value_scale": "fp16", "value_zero_point": "fp16",
+    "partial": "fp32", "log_sum": "fp32", "key_order": "i16", "order": "i16",
+    "codes": "i32", "scale": "fp16", "zero_point": "fp16", "score": "fp32", "hard": "i8",
+    "key_upper": "u8", "value_upper": "u8",
+    "key_row_scale": "i64", "value_row_scale": "i64",
+    "seat_key_scale": "i64", "seat_value_scale": "i64", "seat_row": "i64",
+}  # fmt: skip
 SEATS = {
     "seat_key": "i8", "seat_value": "i8", "seat_row": "i8", "value_seat_row": "i8",
     "seat_key_scale": "fp16", "seat_value_scale": "fp16",
@@ -248,9 +227,10 @@ def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, 
     constants, max_registers = decode_constants(head_dim, (2, 2), 128, rows, mask, plus)
     assert max_registers == LEAN_REGISTERS
     compiled = compile_kernel(_decode_kernel, constants, dtype, 1, maxnreg=max_registers)
-    # With a mask or channels that are padded some compilers put a few words on the stack; with rows of 8 bits addresses
-    # that only their programs need, in front of all loops.
-    assert stack_bytes(compiled, tmp_path) <= (160 if plus else 0 if (head_dim, mask) == (128, False) else 16)
+    # With a mask, channels that are padded, or rows of 8 bits, some compilers put a few words on the stack; with such
+    # rows and several queries also addresses that only their programs need, in front of all loops.
+    fits = (head_dim, mask, plus) == (128, False, False)
+    assert stack_bytes(compiled, tmp_path) <= (0 if fits else 128 if plus and rows > 1 else 16)
     instructions = loop_instructions(compiled, tmp_path)
     assert mask or head_dim == 80 or not {"LDL", "STL"} & set(instructions)
     # Codes reach the tensor cores where they were loaded: only weights and maxima cross lanes, nothing shared memory.

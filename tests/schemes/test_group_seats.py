@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scheme_store import PAGE, ROLES, Store, random_tokens
 
 from ottfx.affine_schedule import Due
-from ottfx.group_seats import choose_seats, read_seats, write_seats
+from ottfx.group_seats import choose_seats, seat_positions, seat_rows, write_seats
 from ottfx.registry import make_config
 from ottfx.window_rows import decode_rows, encode_rows
 
@@ -70,7 +70,7 @@ def test_a_seat_keeps_what_8_bits_hold_of_a_token_and_its_place():
         torch.full((1, 2, 2, 8), -1, dtype=torch.int8),
     )
     write_seats(rows, chosen, due, GROUP, *state)
-    kept, position = read_seats(*state)
+    kept, position = seat_rows(*state[:2]), seat_positions(state[2])
     assert (position[:, :, 6:10] >= 0).all() and (position >= 0).sum() == 8, "the third group is not due"
     assert (state[0][:, :, 0, :6] == 55).all() and (state[1][:, :, 1, 2:] == 7).all()
     for head in range(2):

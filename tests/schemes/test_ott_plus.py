@@ -250,7 +250,7 @@ def test_bits_are_those_of_the_formula():
     bits = [formula_bits(scheme, config, role, store.shape, 8192) for role in ROLES]
     window = 95.5 / 8192
     seat = (8 + 16 / 64 + 8 / 64) / 128
-    assert bits == pytest.approx([(1 - window) * (2.25 + seat) + window * 8.25] * 2, abs=2e-3)
+    assert bits == pytest.approx([(1 - window) * 2.25 + window * 8.25 + seat] * 2, abs=1e-3)
     assert sum(bits) / 2 < 2.4
 
 
