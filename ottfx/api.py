@@ -140,7 +140,17 @@ def _compile_call(model: nn.Module, settings: Settings, *, dynamic: bool | None,
     def call(*args: Any, **kwargs: Any) -> Any:
         return compiled(model.training)(*args, **kwargs)
 
-    return call
+    if not settings.records_steps:
+        return call
+
+    def launch_and_call(*args: Any, **kwargs: Any) -> Any:
+        settings.launch_ahead.open(args, kwargs)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            settings.launch_ahead.close()
+
+    return launch_and_call
 
 
 def _worth_checking(guards: Sequence[Any]) -> Sequence[bool]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ottfx.cache_state import CacheHalf, Payload, make_room, near, pages_to_allocate, queue_to
 from ottfx.errors import CacheError
 from ottfx.kv_tensor import KVTensor
+from ottfx.launch_ahead import LaunchAhead
 from ottfx.schemes.base import ROLES, CacheShape, Role, Scheme, SchemeConfig
 from ottfx.size_reader import Reader
 from ottfx.step_graph import StepGraph
@@ -48,6 +49,10 @@ class StateInput:
     name: str = ""
 
 
+_Row = tuple[int, int, int, int]
+"""Lengths of a site: past, packed keys, packed values, and what nobody reads."""
+
+
 class _Cache(NamedTuple):
     """Both halves of one site, ready to be written behind `past` tokens."""
 
@@ -70,6 +75,7 @@ class CacheCall:
         added_inputs: what it takes behind them.
         num_outputs: results of the captured graph.
         cache_outputs: result position -> (row, role), for the results that are caches now.
+        ahead: launches the next call of a recorded step.
     """
 
     def __init__(
@@ -80,10 +86,15 @@ class CacheCall:
         added_inputs: Sequence[StateInput],
         num_outputs: int,
         cache_outputs: dict[int, tuple[int, Role]],
+        ahead: LaunchAhead,
     ) -> None:
         self._inner = inner
+        self._ahead = ahead
+        self._next_lengths: tuple[list[_Row], Tensor] | None = None
         self._sites = tuple(sites)
-        self._stored = list({(type(site.scheme), site.config): (site.scheme, site.config) for site in sites}.values())
+        stored = {(type(site.scheme), site.config): (site.scheme, site.config) for site in sites}
+        self._stored = list(stored.values())
+        self._stored_as = [list(stored).index((type(site.scheme), site.config)) for site in sites]
         self._kept = tuple(kept_arguments)
         placed = list(enumerate(added_inputs, len(self._kept)))
         self._state = [(i, x.row, ROLES.index(x.role), x.name) for i, x in placed if x.kind == "state"]
@@ -98,7 +109,7 @@ class CacheCall:
         halves = [half for cache in caches for half in cache.halves]
         longest = max([cache.past + cache.q_len for cache in caches])
         make_room(halves, max([scheme.pages_needed(config, longest) for scheme, config in self._stored]))
-        lengths = self._lengths(caches)
+        lengths = self._lengths([_row(cache.halves) for cache in caches])
         arguments = [args[i] for i in self._kept] + [None] * (len(self._state) + len(self._others))
         for i, added in self._others:
             if added.kind == "lengths":
@@ -126,14 +137,42 @@ class CacheCall:
         for i, row, half_index in self._cache_outputs:
             half = caches[row].halves[half_index]
             outputs[i] = KVTensor.from_payload(Payload(half, half.high))
+        if isinstance(self._inner, StepGraph):
+            self._expect_next(self._inner, arguments, caches, outputs)
         return tuple(outputs)
 
-    def _lengths(self, caches: list[_Cache]) -> Tensor:
-        rows = [(c.past, c.halves[0].packed, c.halves[1].packed, 0) for c in caches]
+    def _expect_next(
+        self, graph: StepGraph, arguments: list[Any], caches: list[_Cache], outputs: Sequence[Any]
+    ) -> None:
+        """Prepare for one more token of the same caches, if nothing else will be written with it."""
+        payloads = {(row, half): outputs[i].payload for i, row, half in self._cache_outputs}
+        if len(payloads) != 2 * len(caches):
+            return
+        rows = [_row(cache.halves) for cache in caches]
+        for index, (past, *packed, _) in {*zip(self._stored_as, rows, strict=True)}:
+            scheme, config = self._stored[index]
+            fits = scheme.pages_needed(config, past + 1) <= caches[0].halves[0].shape.pages
+            due = [scheme.packed_length(config, role, past + 1, n) != n for role, n in zip(ROLES, packed, strict=True)]
+            if not fits or any(due):
+                return
+        lengths = self._lengths(rows)
+        self._next_lengths = rows, lengths
+        copied = {i: lengths for i, added in self._others if added.kind == "lengths"}
+        in_order = [payloads[row, half] for row in range(len(caches)) for half in range(2)]
+        self._ahead.expect(graph, arguments, copied, in_order)
+
+    def _lengths(self, rows: list[_Row]) -> Tensor:
+        if self._next_lengths is not None and self._next_lengths[0] == rows:
+            return self._next_lengths[1]
         # `torch.tensor` takes twice as long.
         lengths, device = torch.from_numpy(np.array(rows, dtype=np.int64)), self._sites[0].device
         # A recorded step copies it into a buffer of its own.
         return near(lengths, device) if isinstance(self._inner, StepGraph) else queue_to(lengths, device)
+
+
+def _row(halves: tuple[CacheHalf, CacheHalf]) -> _Row:
+    key, value = halves
+    return key.high, key.packed, value.packed, 0
 
 
 def _open(site: SiteCall, args: Sequence[Any]) -> _Cache:

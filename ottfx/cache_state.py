@@ -166,10 +166,14 @@ class CacheHalf:
 
     def advance(self, length: int) -> None:
         """Record that tokens up to `length` were written, and what the append op packed by that."""
-        ring_start = max(self.packed - self.in_ring, length - self.scheme.ring_rows(self.config))
+        ring_start = self._ring_start(length)
         self.packed = self.scheme.packed_length(self.config, self.role, length, self.packed)
         self.in_ring = max(0, self.packed - ring_start)
         self.high = length
+
+    def overwrite(self, length: int) -> None:
+        """Expect the token behind `length - 1` others to be written, which may never be counted in."""
+        self.in_ring = max(0, self.packed - self._ring_start(length))
 
     def bytes_by_part(self) -> dict[Part, int]:
         """Bytes really held, by what they are."""
@@ -177,6 +181,10 @@ class CacheHalf:
         for name, spec in self.specs.items():
             parts[spec.part] = parts.get(spec.part, 0) + self.tensors[name].nbytes
         return parts
+
+    def _ring_start(self, length: int) -> int:
+        """The first token that the ring still holds when there are `length`."""
+        return max(self.packed - self.in_ring, length - self.scheme.ring_rows(self.config))
 
     def _set_pages(self, pages: int) -> None:
         s = self.shape

@@ -214,6 +214,7 @@ class _DynamoDoor:
             [source for _, source in added],
             self._num_outputs,
             {i: (self._rows[site.index], role) for i, (site, role) in result.cache_outputs.items()},
+            self._settings.launch_ahead,
         )
 
     def _site_call(self, binding: Binding, index: dict[Node, int]) -> SiteCall:

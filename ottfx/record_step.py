@@ -14,9 +14,10 @@ from ottfx.cache_call import StateInput
 from ottfx.passes.fix_shapes import FixedShapes, fix_shapes
 from ottfx.passes.graph_utils import node_value, static_int
 from ottfx.pipeline import RewriteResult
+from ottfx.recorders import RECORDERS
 from ottfx.schemes.base import PAGE
 from ottfx.settings import Settings
-from ottfx.step_graph import RECORDERS, InputKind, StepGraph, StepInput, counters
+from ottfx.step_graph import InputKind, StepGraph, StepInput, counters
 
 log = logging.getLogger("ottfx")
 

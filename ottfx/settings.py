@@ -10,10 +10,11 @@ import torch
 
 from ottfx.errors import ConfigError
 from ottfx.inductor_options import can_see_through_cpu_ops
+from ottfx.launch_ahead import LaunchAhead
+from ottfx.recorders import RecordingPool
 from ottfx.registry import make_config
 from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.schemes.base import SchemeConfig
-from ottfx.step_graph import RecordingPool
 
 if TYPE_CHECKING:
     from ottfx.pipeline import RewriteResult
@@ -38,6 +39,7 @@ class Settings:
     records_steps: bool = False
     """Record decode steps as CUDA graphs. Without effect on a CPU."""
     recording_pool: RecordingPool = field(default_factory=RecordingPool)
+    launch_ahead: LaunchAhead = field(default_factory=LaunchAhead)
     on_graph: Callable[[RewriteResult], None] | None = None
     """Called with what happened to each graph, before it is lowered."""
     told: set[str] = field(default_factory=set)

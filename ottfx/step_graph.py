@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ottfx.recorders import RECORDERS, Recorder, RecordingPool
 from ottfx.schemes.base import PAGE
 
 log = logging.getLogger("ottfx")
@@ -26,7 +27,8 @@ MOST_RECORDINGS = 4
 """Recordings that a compiled graph keeps: of the sets of addresses that were used last."""
 
 counters: Counter[str] = Counter()
-"""How often, in this process: `warmups`, `recordings`, `replays`, and `refusals` of graphs that cannot be recorded."""
+"""How often, in this process: `warmups`, `recordings`, `replays`, and `refusals` of graphs that cannot be recorded; of
+the replays, those `ahead` of the call; `misses` were launched ahead in vain."""
 
 
 InputKind = Literal["weight", "state", "copied", "number"]
@@ -42,69 +44,6 @@ class StepInput:
     """Of a copied tensor: the axis along which the graph takes as many entries as the storage has room for tokens."""
     below_capacity: int | None = None
     """Of a number that is always to be this much less than the tokens that the storage has room for."""
-
-
-class Recorder(Protocol):
-    """One recording."""
-
-    def __init__(self, device: torch.device, pool: RecordingPool) -> None: ...
-
-    def record(self, function: Callable[[], Sequence[Any]]) -> None:
-        """Record what `function` does, without a lasting effect; RuntimeError if that cannot be done."""
-
-    def replay(self) -> Sequence[Any]:
-        """Do it, and return its results, which the next replay overwrites."""
-
-
-class RecordingPool:
-    """What the recordings of a compiled model share, as they run one after the other: memory, a stream to record on.
-
-    A stream of its own for each would leave a cuBLAS workspace behind with each.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Any = None
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def memory(self) -> Any:
-        """Return the pool of memory, made at first use."""
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        return self._memory
-
-    def stream(self, device: torch.device) -> torch.cuda.Stream:
-        """Return the stream of a device, made at first use."""
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
-
-
-class CudaRecorder:
-    """A CUDA graph."""
-
-    def __init__(self, device: torch.device, pool: RecordingPool) -> None:
-        self._device, self._pool = device, pool
-        self._graph = torch.cuda.CUDAGraph()
-        self._results: Sequence[Any] = ()
-
-    def record(self, function: Callable[[], Sequence[Any]]) -> None:
-        """Capture the kernels that `function` launches."""
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(self._pool.stream(self._device)):
-            self._graph.capture_begin(pool=self._pool.memory(), capture_error_mode="thread_local")
-            try:
-                self._results = function()
-            finally:
-                self._graph.capture_end()
-
-    def replay(self) -> Sequence[Any]:
-        """Launch them on the current stream."""
-        self._graph.replay()
-        return self._results
-
-
-RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}
-"""Device type -> what records there. Graphs on other devices run as they are."""
 
 
 class _Step:
@@ -123,8 +62,26 @@ class _Step:
         self.recorder: Recorder | None = None
 
 
+@dataclass(slots=True)
+class LaunchedStep:
+    """A replay that was started before the call that takes its results."""
+
+    inputs: dict[int, tuple[Tensor, int]]
+    """Position -> what was copied, and its version."""
+    results: Sequence[Any]
+    is_taken: bool = False
+
+    def serves(self, arguments: Sequence[Any]) -> bool:
+        """Whether the copied arguments of a call are what was copied."""
+        return all(arguments[i] is x and _version(x) == version for i, (x, version) in self.inputs.items())
+
+
 class StepGraph:
     """A compiled decode graph, recorded. One call at a time.
+
+    Attributes:
+        weights: positions of the arguments that are weights.
+        copied: position of each copied argument -> its axis that the graph takes wider, or None.
 
     Args:
         inner: the compiled graph; for the same weights, state and numbers it reads and writes the same memory.
@@ -149,13 +106,14 @@ class StepGraph:
         positions: dict[str, list[int]] = {"weight": [], "state": [], "copied": [], "number": []}
         for i, x in enumerate(inputs):
             positions[x.kind].append(i)
-        self._weights, self._state, self._copied, self._numbers = positions.values()
-        self._widened = {i: inputs[i].widened for i in self._copied}
+        self.weights, self._state, copied, self._numbers = positions.values()
+        self.copied = {i: inputs[i].widened for i in copied}
         self._below_capacity = [(i, below) for i, x in enumerate(inputs) if (below := x.below_capacity) is not None]
         of_capacity = {pages, *(i for i, _ in self._below_capacity)}
         self._other_sizes = [n for n, i in enumerate(self._numbers) if i not in of_capacity]
         self._recorded: OrderedDict[tuple[int, ...], _Step] = OrderedDict()
         self._last: _Step | None = None
+        self._launched: LaunchedStep | None = None
         self._is_recordable = True
 
     def __call__(
@@ -176,17 +134,26 @@ class StepGraph:
         for i, below in self._below_capacity:
             arguments[i] = capacity - below
         numbers = [arguments[i] for i in self._numbers]
-        weights = [arguments[i].data_ptr() for i in self._weights]
+        tensors = [arguments[i] for i in self.weights]
+        launched, self._launched = self._launched, None
         step = self._last
-        if step is None or step.numbers != numbers or step.weights != weights or step.storages != storages:
+        if step is None or step.numbers != numbers or step.storages != storages or not _are_at(tensors, step.weights):
+            weights = [tensor.data_ptr() for tensor in tensors]
             self._put(state(), arguments)
             has_grown = step is not None and self._differs_in_capacity(step, numbers, weights)
             step = self._last = self._find(arguments, numbers, weights)
             step.storages = storages
             step.is_due = step.is_due or has_grown
+        elif launched is not None and launched.serves(arguments):
+            launched.is_taken = True
+            counters["replays"] += 1
+            counters["ahead"] += 1
+            return _own(launched.results)
         for i, buffer in step.buffers:
-            _copy(arguments[i], buffer, self._widened[i])
+            _copy(arguments[i], buffer, self.copied[i])
         if step.recorder is None:
+            # The caller's list says where each one came from.
+            arguments = list(arguments)
             self._put(state(), arguments)
             for i, buffer in step.buffers:
                 arguments[i] = buffer
@@ -197,6 +164,28 @@ class StepGraph:
         assert step.recorder is not None
         counters["replays"] += 1
         return _own(step.recorder.replay())
+
+    def launch(
+        self, weights: list[Tensor], storages: list[object], copied: Mapping[int, Tensor]
+    ) -> LaunchedStep | None:
+        """Replay the last step before it is called again. The next call takes the results if they are its own.
+
+        Args:
+            weights: the arguments that are weights, as they were.
+            storages: as for a call.
+            copied: all copied arguments of the call that is expected.
+
+        Returns:
+            None if nothing was done: the last step has no recording, or one for other addresses.
+        """
+        step = self._last
+        if step is None or step.recorder is None or step.storages != storages or not _are_at(weights, step.weights):
+            return None
+        for i, buffer in step.buffers:
+            _copy(copied[i], buffer, self.copied[i])
+        inputs = {i: (x, _version(x)) for i, x in copied.items()}
+        self._launched = LaunchedStep(inputs, step.recorder.replay())
+        return self._launched
 
     def _put(self, state: Sequence[Tensor], arguments: list[Any]) -> None:
         for i, tensor in zip(self._state, state, strict=True):
@@ -211,7 +200,7 @@ class StepGraph:
             return step
         # Buffers made in inference mode could not be written to later outside it.
         with torch.inference_mode(False):
-            buffers = [(i, self._buffer(arguments[i], self._widened[i], arguments[self._pages])) for i in self._copied]
+            buffers = [(i, self._buffer(arguments[i], axis, arguments[self._pages])) for i, axis in self.copied.items()]
         return _Step(numbers, weights, buffers)
 
     def _differs_in_capacity(self, step: _Step, numbers: list[int], weights: list[int]) -> bool:
@@ -263,6 +252,22 @@ def _copy(source: Tensor, buffer: Tensor, widened: int | None) -> None:
         size = min(source.shape[widened], buffer.shape[widened])
         source, buffer = source.narrow(widened, 0, size), buffer.narrow(widened, 0, size)
     buffer.copy_(source, non_blocking=True)
+
+
+def _are_at(tensors: list[Tensor], addresses: list[int]) -> bool:
+    """Whether tensors are at these addresses."""
+    if _COMPARE is None:
+        return [tensor.data_ptr() for tensor in tensors] == addresses
+    return _COMPARE(tensors, addresses, list(range(len(addresses))))
+
+
+# There are hundreds of weights. Torch for a CPU does not have it.
+_COMPARE = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where torch does not count it."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _own(results: Sequence[Any]) -> list[Any]:

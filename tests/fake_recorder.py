@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ottfx import step_graph
-from ottfx.step_graph import RecordingPool
+from ottfx.recorders import RECORDERS, RecordingPool
 
 
 class FakeRecorder:
@@ -29,10 +29,10 @@ class FakeRecorder:
 @contextmanager
 def recording_on_cpu(recorder: type = FakeRecorder) -> Iterator[None]:
     """Record decode steps on the CPU, and count from zero."""
-    step_graph.RECORDERS["cpu"] = recorder
+    RECORDERS["cpu"] = recorder
     step_graph.counters.clear()
     try:
         yield
     finally:
-        del step_graph.RECORDERS["cpu"]
+        del RECORDERS["cpu"]
         step_graph.counters.clear()

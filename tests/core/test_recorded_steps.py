@@ -14,8 +14,9 @@ from tiny_models import random_tokens, tiny_model
 
 import ottfx
 from ottfx import graph_compiler
+from ottfx.recorders import RecordingPool
 from ottfx.schemes.base import PAGE
-from ottfx.step_graph import MOST_RECORDINGS, RecordingPool, StepGraph, StepInput, counters
+from ottfx.step_graph import MOST_RECORDINGS, StepGraph, StepInput, counters
 
 CPU = torch.device("cpu")
 MODE = {"lower": "eager", "mode": "reduce-overhead"}
@@ -206,6 +207,56 @@ def test_buffers_made_in_inference_mode_serve_outside_it():
         assert state.tolist() == [6.0, 6.0]
 
 
+def launch(decoder: Decoder, storage: object, x: torch.Tensor, mask: torch.Tensor) -> Any:
+    return decoder.step_graph.launch([decoder.weight], [storage], {2: x, 3: mask})
+
+
+def test_a_launched_step_runs_once():
+    with recording_on_cpu():
+        decoder, state, storage, x = Decoder(), torch.zeros(2), object(), torch.ones(2)
+        assert launch(decoder, storage, x, torch.ones(1, 9)) is None, "nothing is recorded yet"
+        for _ in range(2):
+            decoder(state, storage, x, 9)
+        x, mask = torch.full((2,), 3.0), torch.ones(1, 11)
+        arguments = [decoder.weight, None, x, mask, 2, 10, 1]
+        assert launch(decoder, storage, x, mask) is not None
+        assert state.tolist() == [10.0, 10.0], "it runs before the call"
+        results = decoder.step_graph(arguments, [storage], lambda: [state])
+        assert results[0].tolist() == [10.0, 10.0] and results[1].tolist() == [11.0]
+        assert counters == {"warmups": 1, "recordings": 1, "replays": 2, "ahead": 1}
+        assert decoder.step_graph(arguments, [storage], lambda: [state])[0].tolist() == [16.0, 16.0]
+        assert counters["ahead"] == 1
+
+
+@pytest.mark.parametrize("change", ["tensor", "content", "storage"])
+def test_a_launched_step_serves_no_other_call(change):
+    with recording_on_cpu():
+        decoder, state, storage, x = Decoder(), torch.zeros(2), object(), torch.ones(2)
+        for _ in range(2):
+            decoder(state, storage, x, 9)
+        x, mask, other = torch.full((2,), 3.0), torch.ones(1, 11), torch.zeros(2)
+        launched = launch(decoder, storage, x, mask)
+        state.zero_()
+        if change == "storage":
+            results = decoder.step_graph([decoder.weight, None, x, mask, 2, 10, 1], [object()], lambda: [other])
+        else:
+            x = x + 1 if change == "tensor" else x.add_(1)
+            results = decoder.step_graph([decoder.weight, None, x, mask, 2, 10, 1], [storage], lambda: [state])
+        assert not launched.is_taken and counters["ahead"] == 0
+        assert results[0].tolist() == [6.0 if change == "storage" else 8.0] * 2
+
+
+def test_nothing_is_launched_for_weights_or_storage_elsewhere():
+    with recording_on_cpu():
+        decoder, state, storage, x = Decoder(), torch.zeros(2), object(), torch.ones(2)
+        for _ in range(2):
+            decoder(state, storage, x, 9)
+        assert launch(decoder, object(), x, torch.ones(1, 9)) is None
+        decoder.weight = decoder.weight.clone()
+        assert launch(decoder, storage, x, torch.ones(1, 9)) is None
+        assert state.tolist() == [4.0, 4.0]
+
+
 # Whole models.
 
 
@@ -240,7 +291,8 @@ def test_between_steps_only_contents_change(monkeypatch):
         torch._dynamo.reset()
         got = generate(ottfx.compile(copy.deepcopy(model), **MODE), ids, 30)
         # A prompt of 240 tokens has room for 256, and 29 steps need another page.
-        assert counters == {"warmups": 1, "recordings": 2, "replays": 28}
+        # All but the first three and the first with more room are launched before Dynamo has seen the call.
+        assert counters == {"warmups": 1, "recordings": 2, "replays": 28, "ahead": 26}
     assert torch.equal(got.sequences, want.sequences)
     prompt, *steps = seen
     assert len(steps) == 29

@@ -42,13 +42,14 @@ def test_same_tokens_through_growth(family, scheme, padded):
     # 519 tokens: room for 256, then 384, 512 and 640. Addresses may happen to be those of the short run.
     assert 3 <= counters["recordings"] <= 4 and counters["refusals"] == 0
     assert counters["replays"] + counters["warmups"] == 419 and counters["warmups"] <= 1
+    assert counters["misses"] == 0 and (counters["ahead"] > 400 or scheme == "kivi")
     errors = [(a - b).norm() / b.norm() for a, b in zip(got.logits[:100], want.logits[:100], strict=True)]
     assert max(errors) < 0.02
     if scheme == "none":
         assert torch.equal(got.sequences, want.sequences)
 
 
-@pytest.mark.parametrize("scheme", ["ott", "kivi", "none", "turbo", "polar", "polar_pairs", "qjl"])
+@pytest.mark.parametrize("scheme", ["ott+", "ott", "kivi", "none", "turbo", "polar", "polar_pairs", "qjl"])
 def test_a_replayed_step_does_not_wait_for_the_device(scheme):
     model = ottfx.compile(tiny_model("llama").cuda(), scheme=scheme, mode="reduce-overhead")
     ids = random_tokens(2, 300).cuda()
@@ -60,7 +61,8 @@ def test_a_replayed_step_does_not_wait_for_the_device(scheme):
         with no_device_waits():
             for _ in range(70):
                 cache = model(ids[:, :1], past_key_values=cache).past_key_values
-    assert counters == {"replays": 70}
+    # Where each token is coded as it comes, no step is launched before its call is known.
+    assert counters == {"replays": 70} | ({"ahead": 70} if scheme in ("ott+", "ott", "none") else {})
     assert cache.get_seq_length() == 373
 
 

@@ -1,5 +1,6 @@
 """What every registered scheme owes its callers: specs, ops, reading, chunking, rewinding."""
 
+import copy
 import dataclasses
 import math
 
@@ -261,6 +262,34 @@ def test_rewinding_then_appending_again(scheme, length):
         used = store.state["key"]["outlier_position"][0, 0, 3:] >= 0
         assert used.sum() == store.state["key"]["spill_count"][0, 0]
         assert used.long().diff().max() <= 0, "the spill pool has no holes"
+
+
+@pytest.mark.parametrize("scheme", scheme_names())
+@pytest.mark.parametrize("length", [1, 40, 70, 170])
+def test_a_token_that_is_never_counted_leaves_no_trace_unless_a_group_is_due(scheme, length):
+    # A step that is launched ahead in vain (ottfx/launch_ahead.py).
+    store, _, _ = filled(scheme, length, head_dim=16)
+    due = [
+        store.scheme.packed_length(store.config, role, length + 1, packed) != packed
+        for role, packed in store.packed.items()
+    ]
+    if any(due):
+        pytest.skip("such a step is never launched ahead")
+    twin = copy.deepcopy(store)
+    junk, key, value = (random_tokens(1, 2, 1, 16) for _ in range(3))
+    store.scheme.append_op(1e3 * junk, junk, None, store.lengths(), 1, *store.tail_operands())
+    for half in store.halves.values():
+        half.overwrite(length + 1)
+    for role in ROLES:
+        assert torch.equal(store.read(role), twin.read(role))
+    for each in (store, twin):
+        each.append(key, value)
+    assert state_difference(store, twin) == []
+    cut = max(length - 20, 0)
+    for each in (store, twin):
+        each.crop(cut)
+    for role in ROLES:
+        assert torch.equal(store.read(role), twin.read(role))
 
 
 @pytest.mark.parametrize("scheme", scheme_names())
