@@ -162,6 +162,7 @@ def attend(
             ring_rows=arguments["CAPACITY"],
             pages=arguments["pages"],
             page_seats=page_seats,
+            rotated=rotate_values,
         )
         arguments |= {
             "MASK": mask is not None,

@@ -31,22 +31,30 @@ def _combine_kernel(
     in_row = channel < HEAD_DIM
     every = tl.arange(0, BLOCK_PARTS)
     log_sum = tl.load(log_sum_ptr + row * parts + every, mask=every < parts, other=float("-inf"))
-    peak = tl.max(log_sum, axis=0)
-    peak = tl.where(peak > float("-inf"), peak, 0.0)
-    total = tl.sum(tl.exp(log_sum - peak), axis=0)
     # Of the new token there is a weight only.
     written = parts - NEW_APART
-    result = tl.zeros([BLOCK_D], tl.float32)
-    for start in tl.range(0, written, CHUNK_PARTS):
-        part = tl.cast(start, tl.int32) + tl.arange(0, CHUNK_PARTS)
-        its_log_sum = tl.load(log_sum_ptr + row * parts + part, mask=part < written, other=float("-inf"))
-        # A part that saw nothing wrote no result.
-        seen = its_log_sum > float("-inf")
-        weight = tl.exp(its_log_sum - peak)
-        offset = (row * parts + part)[:, None] * HEAD_DIM + channel[None, :]
-        # [CHUNK_PARTS, BLOCK_D]
-        partial = tl.load(partial_ptr + offset, mask=seen[:, None] & in_row[None, :], other=0.0)
-        result += tl.sum(partial * weight[:, None], axis=0)
+    AT_ONCE: tl.constexpr = BLOCK_PARTS <= CHUNK_PARTS
+    if AT_ONCE:
+        # Under way while the weights are found.
+        offset = (row * parts + every)[:, None] * HEAD_DIM + channel[None, :]
+        partial = tl.load(partial_ptr + offset, mask=(every < written)[:, None] & in_row[None, :], other=0.0)
+    peak = tl.max(log_sum, axis=0)
+    peak = tl.where(peak > float("-inf"), peak, 0.0)
+    weight = tl.exp(log_sum - peak)
+    total = tl.sum(weight, axis=0)
+    # A part that saw nothing wrote no result.
+    if AT_ONCE:
+        result = tl.sum(tl.where((weight > 0.0)[:, None], partial, 0.0) * weight[:, None], axis=0)
+    else:
+        result = tl.zeros([BLOCK_D], tl.float32)
+        for start in tl.range(0, written, CHUNK_PARTS):
+            part = tl.cast(start, tl.int32) + tl.arange(0, CHUNK_PARTS)
+            its_log_sum = tl.load(log_sum_ptr + row * parts + part, mask=part < written, other=float("-inf"))
+            weight = tl.exp(its_log_sum - peak)
+            offset = (row * parts + part)[:, None] * HEAD_DIM + channel[None, :]
+            # [CHUNK_PARTS, BLOCK_D]
+            partial = tl.load(partial_ptr + offset, mask=(weight > 0.0)[:, None] & in_row[None, :], other=0.0)
+            result += tl.sum(partial * weight[:, None], axis=0)
     rows = q_len * QUERIES_PER_KV
     pair = row // rows
     if SIZE > 1:
@@ -111,7 +119,7 @@ def combine(
         "BLOCK_D": block_d,
     }
     numbers = chunk_parts * block_d
-    num_warps = 1 if numbers <= ONE_WARP else 4 if numbers <= MOST_COMBINED else 16
+    num_warps = 1 if numbers <= ONE_WARP else 4 if numbers <= MOST_COMBINED else 8
     launch(_combine_kernel, (partial.shape[0], -(-head_dim // block_d)), arguments, num_warps, num_stages=1)
 
 

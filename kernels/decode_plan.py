@@ -27,6 +27,8 @@ SEATS_OF_A_SHARE = 24
 """Shares of the codes, times the seats of a page, for which one more program reads rows of 8 bits."""
 TILES_OF_OVERHEAD = 2
 """What starting a program and joining its part cost, in tiles of work."""
+JOINED_IN_A_TILE = 32
+"""Parts of a row, all of whose channels one program joins and rotates back, that take as long as a tile of work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +64,7 @@ def decode_plan(
     ring_rows: int,
     pages: Any,
     page_seats: int = 0,
+    rotated: bool = False,
 ) -> DecodePlan:
     """Choose the sizes for a shape.
 
@@ -75,6 +78,7 @@ def decode_plan(
         ring_rows: tokens of the full-precision window.
         pages: capacity of the cache.
         page_seats: seats of groups in a page.
+        rotated: whether the combination of the parts rotates values back.
     """
     single = at_most(rows, 1)
     columns = 8 if at_most(rows, 8) else 16
@@ -83,7 +87,7 @@ def decode_plan(
     slots = MULTIPROCESSORS * (12 if lean else 8)
     programs = pairs * row_blocks
     if isinstance(programs, int) and isinstance(pages, int):
-        splits = best_splits(programs, pages * (PAGE.value // TILE), slots)
+        splits = best_splits(programs, pages * (PAGE.value // TILE), slots, rotated)
         most_splits = splits
     else:
         splits = torch.sym_max(1, slots // programs)
@@ -104,15 +108,16 @@ def decode_plan(
 
 
 @lru_cache(maxsize=256)
-def best_splits(programs: int, tiles: int, slots: int) -> int:
+def best_splits(programs: int, tiles: int, slots: int, rotated: bool) -> int:
     """Return into how many shares to cut `tiles` of each of `programs`, of which `slots` run at once."""
+    joining = 1 / JOINED_IN_A_TILE if rotated else 0.0
     if programs >= slots:
         # Those that read the window fill the last round.
         return 1
 
     def time(splits: int) -> float:
         waves = -(-programs * splits // slots)
-        return waves * (-(-tiles // splits) + TILES_OF_OVERHEAD)
+        return waves * (-(-tiles // splits) + TILES_OF_OVERHEAD) + splits * joining
 
     return min(range(1, max(1, min(tiles, 4 * slots // programs, slots)) + 1), key=time)
 
