@@ -1,8 +1,10 @@
-"""How a launcher starts a kernel: traced by `torch.library.triton_op`, or at once in the interpreter."""
+"""How a launcher starts a kernel: traced by `torch.library.triton_op`, or at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,22 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 WIDEST_CHUNK = 32
+
+_threads = threading.local()
+
+
+@contextmanager
+def launching_at_once() -> Iterator[None]:
+    """Start kernels inside the block without asking for a tracer: nobody traces, and to ask takes longer than to start.
+
+    An op that is called does the same by itself, but only after torch has gone through its schema, argument by
+    argument.
+    """
+    _threads.at_once = True
+    try:
+        yield
+    finally:
+        _threads.at_once = False
 
 
 def launch(
@@ -27,7 +45,7 @@ def launch(
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if isinstance(kernel, triton.JITFunction):
-        traceable = torch.library.wrap_triton(kernel)
+        traceable = kernel if getattr(_threads, "at_once", False) else torch.library.wrap_triton(kernel)
         if traceable is kernel and max_registers is not None:
             options["maxnreg"] = max_registers
         kernel = traceable

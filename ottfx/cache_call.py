@@ -75,7 +75,7 @@ class CacheCall:
         added_inputs: what it takes behind them.
         num_outputs: results of the captured graph.
         cache_outputs: result position -> (row, role), for the results that are caches now.
-        ahead: launches the next call of a recorded step.
+        ahead: launches the next call, where `inner` is recorded.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class CacheCall:
         added_inputs: Sequence[StateInput],
         num_outputs: int,
         cache_outputs: dict[int, tuple[int, Role]],
-        ahead: LaunchAhead,
+        ahead: LaunchAhead | None = None,
     ) -> None:
         self._inner = inner
         self._ahead = ahead
@@ -137,12 +137,12 @@ class CacheCall:
         for i, row, half_index in self._cache_outputs:
             half = caches[row].halves[half_index]
             outputs[i] = KVTensor.from_payload(Payload(half, half.high))
-        if isinstance(self._inner, StepGraph):
-            self._expect_next(self._inner, arguments, caches, outputs)
+        if isinstance(self._inner, StepGraph) and self._ahead is not None:
+            self._expect_next(self._inner, self._ahead, arguments, caches, outputs)
         return tuple(outputs)
 
     def _expect_next(
-        self, graph: StepGraph, arguments: list[Any], caches: list[_Cache], outputs: Sequence[Any]
+        self, graph: StepGraph, ahead: LaunchAhead, arguments: list[Any], caches: list[_Cache], outputs: Sequence[Any]
     ) -> None:
         """Prepare for one more token of the same caches, if nothing else will be written with it."""
         payloads = {(row, half): outputs[i].payload for i, row, half in self._cache_outputs}
@@ -159,7 +159,7 @@ class CacheCall:
         self._next_lengths = rows, lengths
         copied = {i: lengths for i, added in self._others if added.kind == "lengths"}
         in_order = [payloads[row, half] for row in range(len(caches)) for half in range(2)]
-        self._ahead.expect(graph, arguments, copied, in_order)
+        ahead.expect(graph, arguments, copied, in_order)
 
     def _lengths(self, rows: list[_Row]) -> Tensor:
         if self._next_lengths is not None and self._next_lengths[0] == rows:

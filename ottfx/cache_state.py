@@ -220,11 +220,11 @@ def queue_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def pages_to_allocate(needed: int, held: int) -> int:
-    """Pages to hold when `needed` do not fit into `held`: 1/32 more than needed, so that a copy stays rare.
+    """Pages to hold when `needed` do not fit into `held`: an eighth more than needed, and one more at least.
 
-    A growth copies the cache once, a decode step reads it once; growing by 1/32 of `n` pages costs one copy in
-    `4 n` steps or more.
+    A growth copies the cache, and a recorded step is recorded anew, which takes the host as long as many steps take the
+    device. A cache that is new has no room to spare: it may never be appended to.
     """
     if needed <= held:
         return held
-    return max(MIN_PAGES, needed + (needed // 32 if held else 0))
+    return max(MIN_PAGES, needed + (max(1, needed // 8) if held else 0))

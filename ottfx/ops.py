@@ -34,7 +34,7 @@ def bind(name: str, function: Callable[..., Any], mutates: Iterable[str] = (), *
     torch.library.triton_op(f"ottfx::{name}", function, mutates_args=set(mutates))
     op = getattr(torch.ops.ottfx, name).default
     if outline:
-        _OUTLINED[op] = _bind_outlined(f"{name}_outlined", op, function, mutates)
+        _OUTLINED[op] = _bind_outlined(f"{name}_outlined", function, mutates)
     return op
 
 
@@ -46,11 +46,15 @@ def outlined(op: Any) -> Any:
     return _OUTLINED.get(op, op)
 
 
-def _bind_outlined(name: str, op: Any, function: Callable[..., Any], mutates: Iterable[str]) -> Any:
+def _bind_outlined(name: str, function: Callable[..., Any], mutates: Iterable[str]) -> Any:
     def body(*args: Any) -> Any:
         with opaque_call():
-            # Called eagerly, the op launches its kernels at once; `function` would hand them to a tracer.
-            return op(*args) if args[0].is_cuda else function(*args)
+            if not args[0].is_cuda:
+                return function(*args)
+            from ottfx.kernels.launch import launching_at_once
+
+            with launching_at_once():
+                return function(*args)
 
     # Not `torch.library.custom_op`: each call would count versions of what it mutates, for autograd, which never sees a
     # quantized cache. On a CPU that takes several times as long as storing a token.
