@@ -11,12 +11,15 @@ pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Relative error of the attention output: rounding of the dtype, and codes that differ by one at ties."""
-BORDERS = {name: {torch.float32: 2e-3, torch.float16: 4e-2} for name in ("ott+", "polar_pairs", "qjl")} | {
-    name: {torch.float32: 1e-2} for name in ("turbo", "polar")
-}
+BORDERS = (
+    {name: {torch.float32: 2e-3, torch.float16: 4e-2} for name in ("polar_pairs", "qjl")}
+    | {name: {torch.float32: 1e-2} for name in ("turbo", "polar")}
+    | {"ott+": {torch.float32: 1e-2, torch.float16: 4e-2}}
+)
 """More than that, where codes are made of rotated values, angles or projections: their rounding differs, so some fall
 to the other side of a border between two codes. The definition of 2-bit `turbo` with its rotation in float64 and in
-float32 differs by 4e-3, through 8 words of a million."""
+float32 differs by 4e-3, through 8 words of a million; one channel of one group for which `ott+` finds two ranges equally
+good makes 5e-3 of 8 heads of 256."""
 
 CASES = [
     # scheme, options, batch, query heads, kv heads, head_dim
