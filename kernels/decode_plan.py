@@ -27,6 +27,8 @@ SEATS_OF_A_SHARE = 24
 """Shares of the codes, times the seats of a page, for which one more program reads rows of 8 bits."""
 TILES_OF_OVERHEAD = 2
 """What starting a program and joining its part cost, in tiles of work."""
+OVERHEAD_WHEN_FULL = 9
+"""The same where there are programs enough without: those that read the window fill a last round of few."""
 JOINED_IN_A_TILE = 32
 """Parts of a row, all of whose channels one program joins and rotates back, that take as long as a tile of work."""
 
@@ -111,13 +113,11 @@ def decode_plan(
 def best_splits(programs: int, tiles: int, slots: int, rotated: bool) -> int:
     """Return into how many shares to cut `tiles` of each of `programs`, of which `slots` run at once."""
     joining = 1 / JOINED_IN_A_TILE if rotated else 0.0
-    if programs >= slots:
-        # Those that read the window fill the last round.
-        return 1
+    overhead = OVERHEAD_WHEN_FULL if programs >= slots else TILES_OF_OVERHEAD
 
     def time(splits: int) -> float:
         waves = -(-programs * splits // slots)
-        return waves * (-(-tiles // splits) + TILES_OF_OVERHEAD) + splits * joining
+        return waves * (-(-tiles // splits) + overhead) + splits * joining
 
     return min(range(1, max(1, min(tiles, 4 * slots // programs, slots)) + 1), key=time)
 
