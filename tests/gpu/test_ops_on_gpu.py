@@ -18,8 +18,8 @@ BORDERS = (
 )
 """More than that, where codes are made of rotated values, angles or projections: their rounding differs, so some fall
 to the other side of a border between two codes. The definition of 2-bit `turbo` with its rotation in float64 and in
-float32 differs by 4e-3, through 8 words of a million; one channel of one group for which `ott+` finds two ranges equally
-good makes 5e-3 of 8 heads of 256."""
+float32 differs by 4e-3, through 8 words of a million. One channel of one group for which `ott+` finds two ranges
+equally good makes 5e-3 of 8 heads of 256."""
 
 CASES = [
     # scheme, options, batch, query heads, kv heads, head_dim
