@@ -44,7 +44,7 @@ class LaunchAhead:
     _inputs: dict[Any, Any] = field(default_factory=dict)
     _likes: dict[Any, Any] = field(default_factory=dict)
     _next: NextStep | None = None
-    _launched: LaunchedStep | None = None
+    _launched: tuple[StepGraph, LaunchedStep] | None = None
     _misses: int = 0
 
     def open(self, args: Sequence[Any], kwargs: dict[Any, Any]) -> None:
@@ -66,18 +66,23 @@ class LaunchAhead:
             if payload is None or payload.half.high != payload.length:
                 return
             halves.append(payload.half)
-        self._launched = step.graph.launch(step.weights, [half.storage for half in halves], copied)
-        if self._launched is not None:
+        launched = step.graph.launch(step.weights, [half.storage for half in halves], copied)
+        if launched is not None:
+            self._launched = step.graph, launched
             for half in halves:
                 half.overwrite(half.high + 1)
 
     def close(self) -> None:
         """Forget the call, which has ended."""
         self._inputs = {}
-        if self._launched is not None and not self._launched.is_taken:
+        if self._launched is None:
+            return
+        graph, launched = self._launched
+        self._launched = None
+        graph.forget_launched()
+        if not launched.is_taken:
             self._misses += 1
             counters["misses"] += 1
-        self._launched = None
 
     def expect(
         self, graph: StepGraph, arguments: Sequence[Any], lengths: Mapping[int, Tensor], payloads: Sequence[Payload]

@@ -187,6 +187,10 @@ class StepGraph:
         self._launched = LaunchedStep(inputs, step.recorder.replay())
         return self._launched
 
+    def forget_launched(self) -> None:
+        """Let no later call take the results of a launch: the next replay overwrites them."""
+        self._launched = None
+
     def _put(self, state: Sequence[Tensor], arguments: list[Any]) -> None:
         for i, tensor in zip(self._state, state, strict=True):
             arguments[i] = tensor

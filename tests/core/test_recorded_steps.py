@@ -246,6 +246,20 @@ def test_a_launched_step_serves_no_other_call(change):
         assert results[0].tolist() == [6.0 if change == "storage" else 8.0] * 2
 
 
+def test_results_of_a_launch_in_vain_are_of_no_use_later():
+    with recording_on_cpu():
+        decoder, state, storage, x = Decoder(), torch.zeros(2), object(), torch.ones(2)
+        for _ in range(2):
+            decoder(state, storage, x, 9)
+        x, mask = torch.full((2,), 3.0), torch.ones(1, 11)
+        launched = launch(decoder, storage, x, mask)
+        decoder.step_graph.forget_launched()
+        state.zero_()
+        results = decoder.step_graph([decoder.weight, None, x, mask, 2, 10, 1], [storage], lambda: [state])
+        assert not launched.is_taken and counters["ahead"] == 0
+        assert results[0].tolist() == [6.0, 6.0]
+
+
 def test_nothing_is_launched_for_weights_or_storage_elsewhere():
     with recording_on_cpu():
         decoder, state, storage, x = Decoder(), torch.zeros(2), object(), torch.ones(2)
