@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ottfx.kernels.decode_packed import WEIGHT_UNIT
 from ottfx.kernels.decode_single import attend_exact_once
-from ottfx.kernels.decode_tile import load_query_lanes, spread
+from ottfx.kernels.decode_tile import load_query_lanes, query_channels, spread
 from ottfx.kernels.decode_window import DENSE_TILE, NOTHING_SEEN, attend_exact, store_part
 from ottfx.kernels.fragments import (
     LEAST_UNIT,
@@ -111,13 +111,13 @@ def _value_codes(words):
 
 @triton.jit
 def _key_operands(
-    query_ptr, pair, head, rows, stride_query_head, stride_query_token, QUERIES_PER_KV: tl.constexpr,
+    query_ptr, head, rows, stride_query_head, stride_query_token, QUERIES_PER_KV: tl.constexpr,
     SINGLE: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
     # Queries as the right operand of codes of bytes, what 128 times them adds to scores, and their exponents.
     query, exponent = load_query_lanes(
-        query_ptr, query_ptr, pair, head, rows, stride_query_head, stride_query_token,
-        QUERIES_PER_KV, False, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
+        query_ptr, query_channels(query_ptr, False, COLUMNS, HEAD_DIM, BLOCK_D), head, rows,
+        stride_query_head, stride_query_token, QUERIES_PER_KV, False, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
     query = (query * power_of_2(-exponent)[None, :, None, None]).to(tl.float16)
     # Codes of a word come as those of its bytes 0, 2, 1 and 3.
@@ -220,7 +220,7 @@ def attend_coded_rows(
 ):  # fmt: skip
     """`attend_window` over a ring of int8 and the seats, which its programs share evenly."""
     queries, zero_scores, exponent = _key_operands(
-        query_ptr + batch * stride_query_batch, pair, head, rows, stride_query_head, stride_query_token,
+        query_ptr + batch * stride_query_batch, head, rows, stride_query_head, stride_query_token,
         QUERIES_PER_KV, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D, K_WIDTH,
     )  # fmt: skip
     score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)

@@ -116,9 +116,25 @@ def _mask_tile(
 
 
 @triton.jit
+def _load_tile(
+    tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, NG: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # What `load_keys` and `load_values` load.
+    words, plane, scale, zero_point = load_keys(
+        tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr, KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE
+    )
+    value_words, value_plane, value_scale, value_zero_point = load_values(
+        tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr, VALUE_BITS, SYMMETRIC, NG, HEAD_DIM, BLOCK_D, TILE
+    )
+    return words, plane, scale, zero_point, value_words, value_plane, value_scale, value_zero_point
+
+
+@triton.jit
 def attend_packed(
     pair, head, first_tile, last_tile, packed, query_ptr, mask_ptr, score_factor, rows, slot,
-    live_columns, mask_offset, key_order_ptr,
+    live_columns, mask_offset, key_channel,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
     partial_ptr, log_sum_ptr, stride_query_head, stride_query_token, stride_mask_token, pages,
     QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
@@ -128,13 +144,37 @@ def attend_packed(
 ):  # fmt: skip
     """Attend over the tiles `first_tile .. last_tile - 1`, at least one, and store the part in `slot` [COLUMNS].
 
-    `query_ptr` and `mask_ptr` are those of this sequence; `mask_offset` [COLUMNS] leads to the mask of each column.
+    `query_ptr` and `mask_ptr` are those of this sequence; `mask_offset` [COLUMNS] leads to the mask of each column,
+    `key_channel` is that of `query_channels`.
     """
     NG: tl.constexpr = TILE // GROUP if GROUP < TILE else 1
+    key_codes_ptr += pair * pages * (4 * HEAD_DIM * KEY_BITS)
+    key_scale_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
+    key_zero_point_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
+    value_codes_ptr += pair * pages * (4 * HEAD_DIM * VALUE_BITS)
+    value_scale_ptr += pair * pages * PAGE
+    value_zero_point_ptr += pair * pages * PAGE
+    # Under way while queries are brought into their form, where the registers hold both.
+    if BLOCK_D <= 128:
+        key_words, key_plane, key_scale, key_zero_point, value_words, value_plane, value_scale, value_zero_point = (
+            _load_tile(
+                first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+                value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+                KEY_BITS, VALUE_BITS, SYMMETRIC, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
+            )
+        )  # fmt: skip
     query, exponent = load_query_lanes(
-        query_ptr, key_order_ptr, pair, head, rows, stride_query_head, stride_query_token,
+        query_ptr, key_channel, head, rows, stride_query_head, stride_query_token,
         QUERIES_PER_KV, MIXED, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
+    if BLOCK_D > 128:
+        key_words, key_plane, key_scale, key_zero_point, value_words, value_plane, value_scale, value_zero_point = (
+            _load_tile(
+                first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+                value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+                KEY_BITS, VALUE_BITS, SYMMETRIC, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
+            )
+        )  # fmt: skip
     own_channel = tl.arange(0, BLOCK_D // 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
     lift = lift_exponent(own_channel, KEY_BITS, MIXED)
     folded_query = (query * power_of_2(-exponent[None, :, None, None] - lift[None, None, :, :])).to(tl.float16)
@@ -144,13 +184,6 @@ def attend_packed(
         score_unit = tl.max(score_unit, axis=0) + tl.zeros([4], tl.float32)
     value_lift = by_row(power_of_2(-lift_exponent(lane_token(NG, TILE), VALUE_BITS, False) + WEIGHT_LIFT), NG, TILE)
 
-    key_codes_ptr += pair * pages * (4 * HEAD_DIM * KEY_BITS)
-    key_scale_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
-    key_zero_point_ptr += pair * pages * (PAGE // GROUP * HEAD_DIM)
-    value_codes_ptr += pair * pages * (4 * HEAD_DIM * VALUE_BITS)
-    value_scale_ptr += pair * pages * PAGE
-    value_zero_point_ptr += pair * pages * PAGE
-
     SEEN: tl.constexpr = 4 if SINGLE else COLUMNS
     row_max = tl.full([SEEN], NOTHING_SEEN, tl.float32)
     row_sum = tl.zeros([8, SEEN], tl.float32)
@@ -158,14 +191,6 @@ def attend_packed(
     acc = tl.zeros([BLOCK_D, COLUMNS], tl.float32)
     # `acc` counts in units of the largest value scale so far, rounded up to a power of two.
     unit = LEAST_UNIT
-    key_words, key_plane, key_scale, key_zero_point = load_keys(
-        first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-        KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
-    )  # fmt: skip
-    value_words, value_plane, value_scale, value_zero_point = load_values(
-        first_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
-        VALUE_BITS, SYMMETRIC, NG, HEAD_DIM, BLOCK_D, TILE,
-    )  # fmt: skip
     for tile in tl.range(first_tile, last_tile):
         scores = _key_scores(
             key_words, key_plane, key_scale, key_zero_point, folded_query, zero_lift,

@@ -99,36 +99,55 @@ def _load_key_constants(pointer, group, NG: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
+def _query_places(MIXED: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):
+    # Places of a tile of queries, in the shape in which they are loaded: another one than loops load, because Triton
+    # gives loads of equal sizes one layout.
+    HALF: tl.constexpr = COLUMNS * BLOCK_D // 2
+    if MIXED:
+        # Gathered numbers are dealt to the lanes one by one: asked for in this order, a lane has its runs of 8 as well.
+        j = tl.arange(0, 2 * HALF)
+        return j // 256 * 256 + j % 32 * 8 + j // 32 % 8
+    else:
+        return tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+
+
+@triton.jit
+def query_channels(
+    key_order_ptr, MIXED: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The channel of each query that `load_query_lanes` loads; those of a lane are neighbours among those stored."""
+    i = _query_places(MIXED, COLUMNS, BLOCK_D)
+    channel = i // 8 % 4 * (BLOCK_D // 4) + i // (32 * COLUMNS) * 8 + i % 8
+    if MIXED:
+        ordered = tl.load(key_order_ptr + channel, mask=channel < HEAD_DIM, other=-1).to(tl.int32)
+        # Nothing is packed so far where no order is decided.
+        channel = tl.where(ordered < 0, channel, ordered)
+    return channel
+
+
+@triton.jit
 def load_query_lanes(
-    query_ptr, key_order_ptr, pair, head, rows, stride_query_head, stride_query_token,
+    query_ptr, channel, head, rows, stride_query_head, stride_query_token,
     QUERIES_PER_KV: tl.constexpr, MIXED: tl.constexpr, SINGLE: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Queries float32 in the lanes that need them, [c 4, COLUMNS, BLOCK_D / 32, 8], and exponents int32 [COLUMNS].
 
-    The channels of c are neighbours among those stored. 2 to the power of its exponent is more than all of a column.
+    `channel` is that of `query_channels`. 2 to the power of its exponent is more than all of a column.
     """
-    # Of another shape than what loops load, because Triton gives loads of equal sizes one layout.
-    HALF: tl.constexpr = COLUMNS * BLOCK_D // 2
-    if MIXED:
-        # Gathered numbers are dealt to the lanes one by one: asked for in this order, a lane has its runs of 8 as well.
-        j = tl.arange(0, 2 * HALF)
-        i = j // 256 * 256 + j % 32 * 8 + j // 32 % 8
-    else:
-        i = tl.arange(0, 2)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    channel = i // 8 % 4 * (BLOCK_D // 4) + i // (32 * COLUMNS) * 8 + i % 8
+    i = _query_places(MIXED, COLUMNS, BLOCK_D)
     own_column = tl.program_id(2) * COLUMNS + i // 32 % COLUMNS
     if SINGLE:
         own_column = own_column * 0
     own_head = head * QUERIES_PER_KV + own_column % QUERIES_PER_KV
     own_offset = own_head * stride_query_head + own_column // QUERIES_PER_KV * stride_query_token
     in_query = (own_column < rows) & (channel < HEAD_DIM)
+    query = tl.load(query_ptr + own_offset + channel, mask=in_query, other=0.0)
+    # Whatever was loaded before is under way while queries are brought into their form.
+    tl.debug_barrier()
+    query = query.to(tl.float32)
     if MIXED:
-        ordered = tl.load(key_order_ptr + pair * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=-1).to(tl.int32)
-        channel = tl.where(ordered < 0, channel, ordered)
-    query = tl.load(query_ptr + own_offset + channel, mask=in_query, other=0.0).to(tl.float32)
-    if MIXED:
-        query = tl.permute(tl.reshape(query, [HALF // 128, 8, 32]), [0, 2, 1])
+        query = tl.permute(tl.reshape(query, [COLUMNS * BLOCK_D // 256, 8, 32]), [0, 2, 1])
     query = tl.permute(tl.reshape(query, [BLOCK_D // 32, COLUMNS, 4, 8]), [2, 1, 0, 3])
     # A power of two for each column brings its queries below 1: exact, and times any scale they fit float16.
     peak = tl.max(tl.max(tl.max(tl.abs(query), axis=3), axis=2), axis=0)
