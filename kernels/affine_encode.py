@@ -13,30 +13,42 @@ from ottfx.kernels.grid_search import search_range, symmetric_scale
 from ottfx.kernels.packing import (
     FINITE_MAX,
     PAGE,
+    ROUND_MAGIC,
     bit_position,
     code_bits,
     code_excess,
-    codes_of,
     group_constants,
     make_finite,
+    mixed_position,
     pack_columns,
-    pack_mixed,
     reciprocal,
     steps_of,
     symmetric_steps,
 )
 from ottfx.kernels.window import packed_end
 
-VALUE_WARPS = 4
-"""Warps of a program that encodes values; benchmarks/results/encode_kernels_h100.csv has what was tried."""
+KEY_CHANNELS = 64
+"""Channels of a page of keys that a program holds at once; benchmarks/results/encode_kernels_h100.csv has others."""
+KEY_WARPS = 4
+CHANNELS_OF_A_WARP = 128
+"""Channels of eight tokens that a warp of a program that encodes values holds: 32 a lane, of one token."""
 
 
-def key_tile(head_dim: int, range_search: bool) -> tuple[int, int]:
-    """Return (channels of a page of keys that a program of the encoder holds at once, its warps).
+def value_warps(head_dim: int) -> int:
+    """Return the warps of a program that encodes values."""
+    return max(head_dim // CHANNELS_OF_A_WARP, 1)
 
-    The table is in benchmarks/results/encode_kernels_h100.csv; a search keeps more of each element in registers.
-    """
-    return (min(head_dim, 32), 8) if range_search else (min(head_dim, 64), 4)
+
+@triton.jit
+def _load_strip_tokens(pointer, stride_token, member, STRIPS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    # [STRIPS, HEAD_DIM]: token `member` of each strip. 16 bytes a lane, and few lanes to a token, as each of them makes
+    # the token's constants. They are neighbours: sums over other lanes come out wrong with Triton 3.6.
+    RUN: tl.constexpr = HEAD_DIM // 4 if HEAD_DIM > 128 else 32 if HEAD_DIM > 32 else HEAD_DIM
+    i = tl.arange(0, STRIPS * HEAD_DIM)
+    token = i // RUN % STRIPS * 16 + member
+    x = tl.load(pointer + token * stride_token + i // (RUN * STRIPS) * RUN + i % RUN)
+    x = tl.permute(tl.reshape(x, [HEAD_DIM // RUN, STRIPS, RUN]), [1, 0, 2])
+    return tl.reshape(x, [STRIPS, HEAD_DIM])
 
 
 @triton.jit
@@ -44,6 +56,23 @@ def _third_bit_plane(bits):
     # int32 [2, words, 16] with a code in the low bits: bit 2 of each, as words.
     shift = bit_position(tl.arange(0, 16), 1)[None, None, :] + tl.arange(0, 2)[:, None, None] * 8
     return tl.sum(tl.sum(((bits >> 2) & 1) << shift, axis=2), axis=0)
+
+
+@triton.jit
+def _store_mixed(page_ptr, steps, start, CHUNK: tl.constexpr):
+    # Round steps float32 [PAGE, CHUNK] of the channels from `start` on, and write words of mixed widths. A half of a
+    # word is the sum of codes times powers of two, which a product of the tensor cores gives exactly.
+    COLUMNS: tl.constexpr = CHUNK // 8 if CHUNK > 64 else 8
+    channel = tl.arange(0, CHUNK)
+    column = tl.arange(0, COLUMNS)
+    position = mixed_position(channel % 16)
+    of_column = (channel // 16 * 2 + position // 16)[:, None] == column[None, :]
+    weight = tl.where(of_column, (1 << position % 16)[:, None], 0).to(tl.float16)
+    halves = tl.dot((steps + ROUND_MAGIC - ROUND_MAGIC).to(tl.float16), weight).to(tl.int32)
+    low, high = tl.split(tl.reshape(halves, [PAGE, COLUMNS // 2, 2]))
+    strip = tl.arange(0, COLUMNS // 2)[None, :]
+    row = tl.arange(0, PAGE)[:, None]
+    tl.store(page_ptr + (start // 16 + strip) * PAGE + row, low | (high << 16), mask=strip < CHUNK // 16)
 
 
 @triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages", "flags_per_head"])
@@ -89,10 +118,16 @@ def _encode_key_pages_kernel(
             x = tl.load(new_ptr + source[:, None] + row[None, :] * stride_key_token).to(tl.float32)
             # [PAGE, CHUNK]
             x = tl.trans(x)
-            part = tl.sum(tl.abs(x) if NORM == 1 else x * x, axis=1)
-            score += part
-            # False for NaN. A sum within the bound has no term beyond it, and nothing is clamped.
-            small = part <= (FINITE_MAX if NORM == 1 else FINITE_MAX * FINITE_MAX)
+            # False for NaN. Of what is small nothing is clamped.
+            if SEARCH and not HAS_OUTLIERS:
+                # Along tokens, of which a lane has many. A maximum passes NaN over, a sum does not.
+                total = tl.sum(x, axis=0)
+                small = (total == total) & (tl.max(tl.abs(x), axis=0) <= FINITE_MAX)
+            else:
+                part = tl.sum(tl.abs(x) if NORM == 1 else x * x, axis=1)
+                score += part
+                # A sum within the bound has no term beyond it.
+                small = part <= (FINITE_MAX if NORM == 1 else FINITE_MAX * FINITE_MAX)
             easy = easy & tl.min(small.to(tl.int32), axis=0)
             if easy != 0:
                 grouped = tl.reshape(x, [GROUPS, GROUP, CHUNK])
@@ -101,7 +136,11 @@ def _encode_key_pages_kernel(
                 low = tl.min(tl.where(free, grouped, FINITE_MAX), axis=1)
                 high = tl.max(tl.where(free, grouped, -FINITE_MAX), axis=1)
                 if SEARCH:
-                    scale, zero_point = search_range(grouped, free, low, high, levels, GROUPS, GROUP, CHUNK)
+                    absent = GROUP - tl.sum(free.to(tl.float32), axis=1) + tl.zeros([GROUPS, CHUNK], tl.float32)
+                    scale, zero_point = search_range(
+                        tl.where(free, grouped, low[:, None, :]), low, high, levels, absent,
+                        GROUPS, GROUP, CHUNK, 4 if MIXED else BITS,
+                    )  # fmt: skip
                 else:
                     scale, zero_point = group_constants(low, high, levels)
                 steps = steps_of(
@@ -110,26 +149,26 @@ def _encode_key_pages_kernel(
                     tl.broadcast_to(reciprocal(scale)[:, None, :], [GROUPS, GROUP, CHUNK]),
                     tl.broadcast_to(levels[:, None, :], [GROUPS, GROUP, CHUNK]),
                 )
-                bits = codes_of(steps) if MIXED else code_bits(steps)
                 offset = (slot * GROUPS + tl.arange(0, GROUPS)[:, None]) * HEAD_DIM + channel[None, :]
                 tl.store(scale_ptr + offset, scale)
                 tl.store(zero_point_ptr + offset, zero_point)
                 page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
-                if BITS == 3:
-                    plane = _third_bit_plane(tl.reshape(bits, [2, PAGE // 2 * (CHUNK // 16), 16]))
-                    plane = tl.reshape(plane, [PAGE // 2, CHUNK // 16])
-                    strip16 = start // 16 + tl.arange(0, CHUNK // 16)[None, :]
-                    plane_row = tl.arange(0, PAGE // 2)[:, None]
-                    tl.store(page_ptr + HEAD_DIM * 8 + strip16 * (PAGE // 2) + plane_row, plane)
-                    bits = bits & 3
                 if MIXED:
-                    words = pack_mixed(tl.reshape(bits, [PAGE, CHUNK]), PAGE, CHUNK)
+                    _store_mixed(page_ptr, tl.reshape(steps, [PAGE, CHUNK]), start, CHUNK)
                 else:
+                    bits = code_bits(steps)
+                    if BITS == 3:
+                        plane = _third_bit_plane(tl.reshape(bits, [2, PAGE // 2 * (CHUNK // 16), 16]))
+                        plane = tl.reshape(plane, [PAGE // 2, CHUNK // 16])
+                        strip16 = start // 16 + tl.arange(0, CHUNK // 16)[None, :]
+                        plane_row = tl.arange(0, PAGE // 2)[:, None]
+                        tl.store(page_ptr + HEAD_DIM * 8 + strip16 * (PAGE // 2) + plane_row, plane)
+                        bits = bits & 3
                     words = pack_columns(bits, WIDTH, PER_WORD, PAGE, CHUNK)
                     if BITS != 3:
                         words -= code_excess(WIDTH)
-                strip = start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)
-                tl.store(page_ptr + strip[None, :] * PAGE + row[:, None], words)
+                    strip = start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)
+                    tl.store(page_ptr + strip[None, :] * PAGE + row[:, None], words)
         if HAS_OUTLIERS:
             if easy == 0:
                 score = tl.zeros([PAGE], tl.float32)
@@ -145,6 +184,37 @@ def _encode_key_pages_kernel(
         tl.store(hard_ptr + pair * most_pages + index, (easy == 0).to(tl.int8))
 
 
+@triton.jit
+def _value_steps(
+    x, STRIPS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    SEARCH: tl.constexpr,
+):  # fmt: skip
+    # Of values float32 [STRIPS, GROUPS, MEMBERS]: scales and zero points (or 0) float16 [STRIPS, GROUPS], and how many
+    # steps they are from code 0.
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    zero_point = 0
+    if SYMMETRIC:
+        everyone = tl.full([STRIPS, GROUPS, 1], 1, tl.int1)
+        scale = symmetric_scale(x, everyone, tl.max(tl.abs(x), axis=2), BITS, SEARCH)
+        steps = symmetric_steps(x, tl.broadcast_to(reciprocal(scale)[:, :, None], x.shape), LEVELS)
+    else:
+        low, high = tl.min(x, axis=2), tl.max(x, axis=2)
+        if SEARCH:
+            # Every group is one of its own: [groups, members, 1].
+            levels = tl.full([STRIPS * GROUPS, 1], LEVELS, tl.float32)
+            scale, zero_point = search_range(
+                tl.reshape(x, [STRIPS * GROUPS, MEMBERS, 1]), tl.reshape(low, [STRIPS * GROUPS, 1]),
+                tl.reshape(high, [STRIPS * GROUPS, 1]), levels, tl.zeros([STRIPS * GROUPS, 1], tl.float32),
+                STRIPS * GROUPS, MEMBERS, 1, BITS,
+            )  # fmt: skip
+            scale, zero_point = tl.reshape(scale, [STRIPS, GROUPS]), tl.reshape(zero_point, [STRIPS, GROUPS])
+        else:
+            scale, zero_point = group_constants(low, high, LEVELS)
+        from_zero = tl.broadcast_to(zero_point.to(tl.float32)[:, :, None], x.shape)
+        steps = steps_of(x, from_zero, tl.broadcast_to(reciprocal(scale)[:, :, None], x.shape), LEVELS)
+    return scale, zero_point, steps
+
+
 @triton.jit(do_not_specialize=["site", "q_len", "pages", "most_pages", "flags_per_head"])
 def _encode_value_pages_kernel(
     value_ptr, valid_ptr, lengths_ptr, codes_ptr, scale_ptr, zero_point_ptr, hard_ptr, replaced_ptr,
@@ -158,7 +228,6 @@ def _encode_value_pages_kernel(
     q_len, pages, most_pages = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(most_pages, tl.int32)
     STRIPS: tl.constexpr = PAGE // 16
     MEMBERS: tl.constexpr = HEAD_DIM // VALUE_GROUPS
-    LEVELS: tl.constexpr = (1 << BITS) - 1
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 32 // WIDTH
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -182,65 +251,44 @@ def _encode_value_pages_kernel(
         new_ptr += (page * PAGE - past).to(tl.int64) * stride_value_token
         slot = pair * pages + page
         page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
-        total = tl.zeros([STRIPS, HEAD_DIM], tl.float32)
-        words = tl.zeros([STRIPS, HEAD_DIM], tl.int32)
+        small = tl.full([STRIPS], 1, tl.int32)
         plane = tl.zeros([STRIPS, HEAD_DIM], tl.int32)
-        # Token `member` of each of the 8 strips of 16 at a time: all codes of a word come to be in one lane.
-        for member in tl.static_range(16):
-            token = strip * 16 + member
-            # [STRIPS, HEAD_DIM]
-            x = tl.load(new_ptr + token[:, None] * stride_value_token + channel[None, :]).to(tl.float32)
-            total += tl.abs(x)
-            grouped = tl.reshape(x, [STRIPS, VALUE_GROUPS, MEMBERS])
-            offset = (slot * VALUE_GROUPS + group[None, :]) * PAGE + token[:, None]
-            # Constants are [STRIPS, VALUE_GROUPS].
-            if SYMMETRIC:
-                everyone = tl.full([STRIPS, VALUE_GROUPS, 1], 1, tl.int1)
-                scale = symmetric_scale(grouped, everyone, tl.max(tl.abs(grouped), axis=2), LEVELS, SEARCH)
-                per_step = tl.broadcast_to(reciprocal(scale)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS])
-                steps = symmetric_steps(grouped, per_step, LEVELS)
-            else:
-                low, high = tl.min(grouped, axis=2), tl.max(grouped, axis=2)
-                if SEARCH:
-                    # Every group is one of its own: [groups, members, 1].
-                    levels = tl.full([STRIPS * VALUE_GROUPS, 1], LEVELS, tl.float32)
-                    everyone = tl.full([STRIPS * VALUE_GROUPS, MEMBERS, 1], 1, tl.int1)
-                    scale, zero_point = search_range(
-                        tl.reshape(grouped, [STRIPS * VALUE_GROUPS, MEMBERS, 1]), everyone,
-                        tl.reshape(low, [STRIPS * VALUE_GROUPS, 1]), tl.reshape(high, [STRIPS * VALUE_GROUPS, 1]),
-                        levels, STRIPS * VALUE_GROUPS, MEMBERS, 1,
-                    )  # fmt: skip
-                    scale = tl.reshape(scale, [STRIPS, VALUE_GROUPS])
-                    zero_point = tl.reshape(zero_point, [STRIPS, VALUE_GROUPS])
-                else:
-                    scale, zero_point = group_constants(low, high, LEVELS)
-                steps = steps_of(
-                    grouped,
-                    tl.broadcast_to(zero_point.to(tl.float32)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS]),
-                    tl.broadcast_to(reciprocal(scale)[:, :, None], [STRIPS, VALUE_GROUPS, MEMBERS]),
-                    LEVELS,
-                )
-                tl.store(zero_point_ptr + offset, zero_point)
-            bits = code_bits(tl.reshape(steps, [STRIPS, HEAD_DIM]))
-            if SEATED:
-                seated = tl.load(replaced_ptr + pair * flags_per_head + (page * PAGE - packed) + token) != 0
-                scale = tl.where(seated[:, None] & (group == 0)[None, :], marked(scale), scale)
-            tl.store(scale_ptr + offset, scale)
-            if BITS == 3:
-                plane += ((bits >> 2) & 1) << bit_position(member, 1)
-                bits = bits & 3
-            words += bits << bit_position(member % PER_WORD, WIDTH)
-            if member % PER_WORD == PER_WORD - 1:
-                if BITS != 3:
-                    words -= code_excess(WIDTH)
-                word_row = strip * (16 // PER_WORD) + member // PER_WORD
-                tl.store(page_ptr + word_row[:, None] * HEAD_DIM + channel[None, :], words)
-                words = tl.zeros([STRIPS, HEAD_DIM], tl.int32)
+        later = _load_strip_tokens(new_ptr, stride_value_token, 0, STRIPS, HEAD_DIM)
+        for first in tl.range(0, 16, PER_WORD):
+            words = tl.zeros([STRIPS, HEAD_DIM], tl.int32)
+            # Token `member` of each of the 8 strips of 16 at a time: all codes of a word come to be in one lane.
+            for member in tl.range(first, first + PER_WORD):
+                member = tl.cast(member, tl.int32)
+                x = later.to(tl.float32)
+                # Under way while this token is worked on; the last one is loaded twice.
+                later = _load_strip_tokens(new_ptr, stride_value_token, tl.minimum(member + 1, 15), STRIPS, HEAD_DIM)
+                # False for NaN. A sum within the bound has no term beyond it.
+                small = small & (tl.sum(tl.abs(x), axis=1) <= FINITE_MAX).to(tl.int32)
+                scale, zero_point, steps = _value_steps(
+                    tl.reshape(x, [STRIPS, VALUE_GROUPS, MEMBERS]), STRIPS, VALUE_GROUPS, MEMBERS, BITS, SYMMETRIC,
+                    SEARCH,
+                )  # fmt: skip
+                token = strip * 16 + member
+                if SEATED:
+                    seated = tl.load(replaced_ptr + pair * flags_per_head + (page * PAGE - packed) + token) != 0
+                    scale = tl.where(seated[:, None] & (group == 0)[None, :], marked(scale), scale)
+                offset = (slot * VALUE_GROUPS + group[None, :]) * PAGE + token[:, None]
+                tl.store(scale_ptr + offset, scale)
+                if not SYMMETRIC:
+                    tl.store(zero_point_ptr + offset, zero_point)
+                bits = code_bits(tl.reshape(steps, [STRIPS, HEAD_DIM]))
+                if BITS == 3:
+                    plane += ((bits >> 2) & 1) << bit_position(member, 1)
+                    bits = bits & 3
+                words += bits << bit_position(member % PER_WORD, WIDTH)
+            if BITS != 3:
+                words -= code_excess(WIDTH)
+            word_row = strip * (16 // PER_WORD) + tl.cast(first, tl.int32) // PER_WORD
+            tl.store(page_ptr + word_row[:, None] * HEAD_DIM + channel[None, :], words)
         if BITS == 3:
-            halves = tl.reshape(plane, [STRIPS, 2, HALF]) << (tl.arange(0, 2) * 8)[None, :, None]
+            lower, upper = tl.split(tl.permute(tl.reshape(plane, [STRIPS, 2, HALF]), [0, 2, 1]))
             half_channel = tl.arange(0, HALF)
-            tl.store(page_ptr + HEAD_DIM * 8 + strip[:, None] * HALF + half_channel[None, :], tl.sum(halves, axis=1))
+            tl.store(page_ptr + HEAD_DIM * 8 + strip[:, None] * HALF + half_channel[None, :], lower | (upper << 8))
         # As for the keys, but known only now: such a page is written anew.
-        not_small = tl.max((total <= FINITE_MAX).to(tl.int32) ^ 1, axis=1)
-        is_hard = tl.max(not_small, axis=0) > 0
+        is_hard = tl.min(small, axis=0) == 0
         tl.store(hard_ptr + pair * most_pages + index, is_hard.to(tl.int8), mask=is_hard)

@@ -110,7 +110,11 @@ def pack_key_page(
     low = tl.where(count > 0, tl.min(tl.where(members, x, FINITE_MAX), axis=1), 0.0)
     high = tl.where(count > 0, tl.max(tl.where(members, x, -FINITE_MAX), axis=1), 0.0)
     if SEARCH:
-        scale, zero_point = search_range(x, members, low, high, levels, GROUPS, GROUP, CHUNK)
+        absent = (GROUP - count).to(tl.float32) + tl.zeros([GROUPS, CHUNK], tl.float32)
+        scale, zero_point = search_range(
+            tl.where(members, x, low[:, None, :]), low, high, levels, absent,
+            GROUPS, GROUP, CHUNK, 4 if MIXED else BITS,
+        )  # fmt: skip
     else:
         scale, zero_point = group_constants(low, high, levels)
     codes = codes_of(
@@ -243,16 +247,18 @@ def pack_value_strip(
         if SYMMETRIC:
             mine = in_group & real[:, None]
             largest = tl.max(tl.abs(tl.where(mine, x, 0.0)), axis=1)[:, None]
-            scale = tl.reshape(symmetric_scale(x[:, None, :], mine[:, None, :], largest, LEVELS, SEARCH), [16])
+            scale = tl.reshape(symmetric_scale(x[:, None, :], mine[:, None, :], largest, BITS, SEARCH), [16])
         else:
             low = tl.where(real, tl.min(tl.where(in_group, x, FINITE_MAX), axis=1), 0.0)
             high = tl.where(real, tl.max(tl.where(in_group, x, -FINITE_MAX), axis=1), 0.0)
             if SEARCH:
                 # One group of each token: [tokens, channels, 1].
                 levels = tl.full([16, 1], LEVELS, tl.float32)
+                mine = in_group & real[:, None]
+                absent = COLUMNS - tl.sum(mine.to(tl.int32), axis=1).to(tl.float32)
                 scale, zero_point = search_range(
-                    x[:, :, None], (in_group & real[:, None])[:, :, None], low[:, None], high[:, None], levels,
-                    16, COLUMNS, 1,
+                    tl.where(mine, x, low[:, None])[:, :, None], low[:, None], high[:, None], levels, absent[:, None],
+                    16, COLUMNS, 1, BITS,
                 )  # fmt: skip
                 scale, zero_point = tl.reshape(scale, [16]), tl.reshape(zero_point, [16])
             else:

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ottfx.kernels.affine_encode import VALUE_WARPS, _encode_key_pages_kernel, _encode_value_pages_kernel, key_tile
+from ottfx.kernels.affine_encode import (
+    KEY_CHANNELS,
+    KEY_WARPS,
+    _encode_key_pages_kernel,
+    _encode_value_pages_kernel,
+    value_warps,
+)
 from ottfx.kernels.launch import launch
 
 
@@ -52,7 +58,6 @@ def encode_pages(
         )
     } | {"pages": key_codes.shape[2], "SEATED": seated}
     grid = (common["pairs"] * common["most_pages"],)
-    chunk, num_warps = key_tile(common["HEAD_DIM"], codes["SEARCH"])
     keys = shared | {name: common[name] for name in common if name.startswith("stride_key")}
     keys |= {
         "key_ptr": common["key_ptr"],
@@ -69,9 +74,9 @@ def encode_pages(
         "STEP": steps[0],
         "NORM": norm if traces else 1,
         "HAS_OUTLIERS": traces,
-        "CHUNK": chunk,
+        "CHUNK": min(common["HEAD_DIM"], KEY_CHANNELS),
     }
-    launch(_encode_key_pages_kernel, grid, keys, num_warps=num_warps, num_stages=1)
+    launch(_encode_key_pages_kernel, grid, keys, num_warps=KEY_WARPS, num_stages=1)
     values = shared | {name: common[name] for name in common if name.startswith("stride_value")}
     values |= {
         "value_ptr": common["value_ptr"],
@@ -85,4 +90,4 @@ def encode_pages(
         "WINDOW": windows[1],
         "STEP": steps[1],
     }
-    launch(_encode_value_pages_kernel, grid, values, num_warps=VALUE_WARPS, num_stages=1)
+    launch(_encode_value_pages_kernel, grid, values, num_warps=value_warps(common["HEAD_DIM"]), num_stages=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ottfx.affine_schedule import Due
 from ottfx.grid_search import CANDIDATES, dequantize_symmetric, search_affine, search_symmetric
-from ottfx.mixed_words import channel_levels, known_order, order_channels, unpack_mixed
+from ottfx.mixed_words import WIDEST_BITS, channel_levels, known_order, order_channels, unpack_mixed
 from ottfx.reference import dequantize_affine, make_finite, quantize_affine, unpack_page
 from ottfx.schemes.base import PAGE
 
@@ -35,7 +35,8 @@ def code_keys(
     else:
         levels = channel_levels(rows.shape[-1], rows.device)
         rows = rows.gather(-1, order.unsqueeze(2).unsqueeze(2).expand(rows.shape))
-    return search_affine(rows, levels, 3, in_range, CANDIDATES if range_search else 1)
+    widest = bits if order is None else WIDEST_BITS
+    return search_affine(rows, levels, 3, in_range, CANDIDATES if range_search else 1, widest)
 
 
 def code_values(rows: Tensor, bits: int, symmetric: bool, range_search: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -55,7 +56,8 @@ def code_values(rows: Tensor, bits: int, symmetric: bool, range_search: bool) ->
         return (*search_symmetric(rows, bits, candidates=candidates), None)
     if not range_search:
         return quantize_affine(rows, bits)
-    return search_affine(rows, torch.full((), 2.0**bits - 1, device=rows.device), -1, candidates=candidates)
+    levels = torch.full((), 2.0**bits - 1, device=rows.device)
+    return search_affine(rows, levels, -1, candidates=candidates, widest=bits)
 
 
 def decide_order(key_order: Tensor, key: Tensor, real: Tensor, due: Due, group_size: int, window: int) -> Tensor:

@@ -9,6 +9,8 @@ large errors of keys are what a softmax punishes most, and of values, too, it le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,12 @@ SYMMETRIC_CUT = 3 / 32
 
 
 def search_affine(
-    x: Tensor, levels: Tensor, dim: int, taking_part: Tensor | None = None, candidates: int = CANDIDATES
+    x: Tensor,
+    levels: Tensor,
+    dim: int,
+    taking_part: Tensor | None = None,
+    candidates: int = CANDIDATES,
+    widest: int = 8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize groups to affine grids, each on the candidate range with the least sum of fourth powers of errors.
 
@@ -34,6 +41,7 @@ def search_affine(
         dim: the axis of the members.
         taking_part: bool, broadcastable to `x`, or None for all; as in `ottfx.reference.quantize_affine`.
         candidates: how many are tried; 1 is the whole range.
+        widest: an upper bound of the width of a code.
 
     Returns:
         codes uint8 of the shape of `x`; scale and zero_point fp16 of the shape of `x` without `dim`.
@@ -41,12 +49,13 @@ def search_affine(
     x = make_finite(x)
     low, high = group_range(x, dim, taking_part)
     cut = torch.where(levels == 1, CUT_OF_ONE_BIT / 2, CUT / 2)
+    folds = [torch.where(levels >= half, half / 2, 0.0) for half in _half_points(widest)]
     best_scale = best_zero_point = best_error = torch.zeros_like(low)
     for candidate in range(candidates):
         margin = (high - low) * (candidate * cut)
         zero_point = round_to_half(low + margin)
         scale = round_to_half(((high - margin - zero_point) / levels).clamp(0.0, FINITE_MAX))
-        error = _steps(x, scale, zero_point, levels).round() * scale + zero_point - x
+        error = _distance(x - (levels / 2 * scale + zero_point), scale, folds)
         square = error * error
         if taking_part is not None:
             square = torch.where(taking_part, square, 0.0)
@@ -57,6 +66,18 @@ def search_affine(
         best_zero_point = torch.where(better, zero_point, best_zero_point)
     codes = _steps(x, best_scale, best_zero_point, levels).round().to(torch.uint8)
     return codes, best_scale.squeeze(dim).half(), best_zero_point.squeeze(dim).half()
+
+
+def _half_points(bits: int) -> list[int]:
+    return [2**place for place in range(bits - 1, -1, -1)]
+
+
+def _distance(x: Tensor, scale: Tensor, folds: Sequence[Tensor | float]) -> Tensor:
+    # Of `x`, counted from the middle of a grid, from the grid's nearest point; its sign means nothing. The grid is
+    # folded in its middle until a single point is left.
+    for fold in folds:
+        x = x.abs() - fold * scale
+    return x
 
 
 def _steps(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
@@ -83,7 +104,7 @@ def search_symmetric(x: Tensor, bits: int, dim: int = -1, candidates: int = CAND
     best_scale = best_error = torch.zeros_like(largest)
     for candidate in range(candidates):
         scale = round_to_half((largest * (1 - candidate * SYMMETRIC_CUT) * (2 / levels)).clamp(max=FINITE_MAX))
-        error = (_symmetric_steps(x, scale, levels).round() - levels / 2) * scale - x
+        error = _distance(x, scale, [half / 2 for half in _half_points(bits)])
         square = error * error
         total = (square * square).sum(dim, keepdim=True)
         better = total < best_error if candidate else torch.ones_like(total, dtype=torch.bool)

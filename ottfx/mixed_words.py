@@ -19,6 +19,7 @@ ELEMENTS = 16
 HALF_WIDTHS = (4, 3, 2, 1, 2, 2, 1, 1)
 """Bits of the elements of either half of a word, from its low end on. The first four fill the mantissa of a float16."""
 AVERAGE_BITS = 2
+WIDEST_BITS = max(HALF_WIDTHS)
 _STARTS = tuple(sum(HALF_WIDTHS[:i]) for i in range(len(HALF_WIDTHS)))
 WIDTHS = tuple(HALF_WIDTHS[i // 2] for i in range(ELEMENTS))
 """Bits of each element: even ones are in the low half, odd ones in the high half."""

@@ -23,7 +23,7 @@ DIFFERENT_CONSTANT_SHARE = 1e-2
 FP16_ULP = 2.0**-10
 """Largest relative distance of two neighbouring float16 numbers."""
 
-ROTATED_SHARE = 1e-4
-"""Constants of rotated values that may differ by more: two ways to add up a channel round differently, and where two
-ranges leave nearly the same error, the other one is taken. The definition with its rotation done in either way, in
-bfloat16, differs in 1 of 122,880 scales, by 15 %."""
+TIED_SHARE = 1e-4
+"""Constants of searched ranges, and codes, that may differ by more: sums of errors are added up in another order, and
+channels of rotated values, and where two ranges leave nearly the same error, the other one is taken. The definition
+with its rotation done in either way, in bfloat16, differs in 1 of 122,880 scales, by 15 %."""

@@ -7,7 +7,7 @@ from affine_world import SITE, Case, World
 from ottfx.kernels.affine_append import append
 from ottfx.mixed_words import unpack_mixed
 from ottfx.reference import unpack_page
-from tests.tolerances import DIFFERENT_CODE_SHARE, DIFFERENT_CONSTANT_SHARE, FP16_ULP, ROTATED_SHARE
+from tests.tolerances import DIFFERENT_CODE_SHARE, DIFFERENT_CONSTANT_SHARE, FP16_ULP, TIED_SHARE
 
 SMALL = [
     (Case(), (70, 1, 30, 100)),
@@ -78,20 +78,20 @@ LARGE = [
 ]  # fmt: skip
 
 
-def assert_codes_agree(got, expected, bits, rows, contraction, what, mixed=False, rotated=False):
+def assert_codes_agree(got, expected, bits, rows, contraction, what, mixed=False, searched=False):
     def unpack(words):
         return unpack_mixed(words, rows, contraction) if mixed else unpack_page(words, bits, rows, contraction)
 
     got, expected = unpack(got).int(), unpack(expected).int()
     difference = (got - expected).abs()
-    assert (difference > 1).float().mean() <= (ROTATED_SHARE if rotated else 0.0), what
+    assert (difference > 1).float().mean() <= (TIED_SHARE if searched else 0.0), what
     assert (difference > 0).float().mean() <= DIFFERENT_CODE_SHARE, what
 
 
-def assert_constants_agree(got, expected, what, rotated=False):
+def assert_constants_agree(got, expected, what, searched=False):
     assert torch.equal(torch.signbit(got), torch.signbit(expected)), what
     beyond = ~torch.isclose(got, expected, rtol=FP16_ULP, atol=1e-6)
-    assert beyond.float().mean() <= (ROTATED_SHARE if rotated else 0.0), what
+    assert beyond.float().mean() <= (TIED_SHARE if searched else 0.0), what
     assert (got != expected).float().mean() <= DIFFERENT_CONSTANT_SHARE, what
 
 
@@ -136,12 +136,12 @@ def assert_seats_agree(got, expected):
 def assert_states_agree(got, expected, case):
     pages = [("key", case.key_bits, 128, case.head_dim), ("value", case.value_bits, case.head_dim, 128)]
     for role, bits, rows, contraction in pages:
-        mixed, rotated = role == "key" and case.mixed, role == "value" and case.rotated
+        mixed, searched = role == "key" and case.mixed, case.range_search
         codes = got[f"{role}_codes"], expected[f"{role}_codes"]
-        assert_codes_agree(*codes, bits, rows, contraction, role, mixed, rotated)
+        assert_codes_agree(*codes, bits, rows, contraction, role, mixed, searched)
         for name in (f"{role}_scale", f"{role}_zero_point"):
             if name in expected:
-                assert_constants_agree(got[name], expected[name], name, rotated)
+                assert_constants_agree(got[name], expected[name], name, searched)
     if case.mixed:
         assert torch.equal(got["key_order"], expected["key_order"])
     assert torch.equal(got["residual_valid"], expected["residual_valid"])

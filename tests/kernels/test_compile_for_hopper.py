@@ -14,10 +14,11 @@ from ottfx.kernels.affine_attend import tile_sizes  # noqa: E402
 from ottfx.kernels.affine_combine import _combine_kernel  # noqa: E402
 from ottfx.kernels.affine_decode import _decode_kernel  # noqa: E402
 from ottfx.kernels.affine_encode import (  # noqa: E402
-    VALUE_WARPS,
+    KEY_CHANNELS,
+    KEY_WARPS,
     _encode_key_pages_kernel,
     _encode_value_pages_kernel,
-    key_tile,
+    value_warps,
 )
 from ottfx.kernels.affine_select import _select_outliers_kernel  # noqa: E402
 from ottfx.kernels.affine_split import _attend_kernel  # noqa: E402
@@ -77,7 +78,27 @@ def compile_kernel(kernel, constants, dtype, num_warps, mask="i1", integers="i32
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": 1} | options
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert scattered_reductions(compiled.asm["ttgir"]) == []
+    return compiled
+
+
+def scattered_reductions(ttgir):
+    """Reductions over bits of the lane number that are not neighbours: Triton 3.6 adds up other lanes than those."""
+    lanes = {name: eval(bits) for name, bits in re.findall(r"^(#linear\d*) = .*? lane = (\[.*?\]), warp", ttgir, re.M)}
+    axes, found = [], []
+    for line in ttgir.splitlines():
+        if match := re.search(r'"tt.reduce".*axis = (\d+)', line):
+            axes.append(int(match[1]))
+        elif axes and (match := re.search(r"\}\) : \((tensor<.*?>)\)? ->|\}\) : \((tensor<[^)]*)\)", line)):
+            axis, layout = axes.pop(), match[0]
+            for name in re.findall(r"#linear\d*", layout):
+                for dim in re.findall(r"dim = (\d+)", layout):
+                    axis += int(dim) <= axis
+                along = [i for i, bit in enumerate(lanes[name]) if bit[axis]]
+                if along and along != list(range(along[0], along[-1] + 1)):
+                    found.append((line.strip(), lanes[name]))
+    return found
 
 
 def inspect(compiled, folder, tool, option):
@@ -179,7 +200,7 @@ def encode_keys_constants(head_dim, bits, group_size, traces, padded, plus=False
     return {
         "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BITS": bits, "GROUP": group_size, "WINDOW": 32, "STEP": group_size,
         "NORM": 1, "HAS_VALID": padded, "HAS_OUTLIERS": traces and not plus, "SEATED": plus,
-        "CHUNK": key_tile(head_dim, plus)[0], "MIXED": plus, "SEARCH": plus,
+        "CHUNK": min(head_dim, KEY_CHANNELS), "MIXED": plus, "SEARCH": plus,
     }  # fmt: skip
 
 
@@ -274,8 +295,8 @@ def test_append_compiles_without_spills(
 ):
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, plus=plus)
     compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
-    # The search of ranges fits the registers with Triton 3.6; 3.9 leaves a few words on the stack.
-    assert stack_bytes(compiled, tmp_path) <= (64 if plus else 0)
+    # The search of ranges leaves a few words on the stack, where a group is packed: once in 128 steps.
+    assert stack_bytes(compiled, tmp_path) <= (96 if plus else 0)
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=True, plus=plus)
     assert compile_kernel(_store_tokens_kernel, constants, dtype, 4).asm["cubin"]
 
@@ -316,10 +337,10 @@ def test_seats_compile_without_spills(dtype, head_dim, group_size, seats, orders
 )
 def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, plus, tmp_path):
     keys = encode_keys_constants(head_dim, bits[0], group_size, True, padded, plus)
-    _, key_warps = key_tile(head_dim, plus)
-    assert stack_bytes(compile_kernel(_encode_key_pages_kernel, keys, "bf16", key_warps), tmp_path) <= 16
+    assert stack_bytes(compile_kernel(_encode_key_pages_kernel, keys, "bf16", KEY_WARPS), tmp_path) <= 16
     values = encode_values_constants(head_dim, bits[1], value_groups, padded, plus)
-    assert stack_bytes(compile_kernel(_encode_value_pages_kernel, values, "bf16", VALUE_WARPS), tmp_path) <= 16
+    compiled = compile_kernel(_encode_value_pages_kernel, values, "bf16", value_warps(head_dim))
+    assert stack_bytes(compiled, tmp_path) == 0
 
 
 @pytest.mark.parametrize("rotated, block_parts, num_warps", [(False, 64, 4), (True, 256, 8), (True, 4, 1)])
@@ -351,4 +372,5 @@ UNKNOWN_BOUNDS = [
 def test_integers_may_come_as_int64(kernel, constants):
     # So Inductor passes sizes of an exported program.
     coded_window = kernel in (_order_channels_kernel, _seat_tokens_kernel)
-    assert compile_kernel(kernel, constants, "bf16", 4, integers="i64", coded_window=coded_window).asm["cubin"]
+    num_warps = 1 if kernel in (_decode_kernel, _encode_value_pages_kernel) else 4
+    assert compile_kernel(kernel, constants, "bf16", num_warps, integers="i64", coded_window=coded_window).asm["cubin"]
