@@ -32,6 +32,8 @@ SWEEP = ("8x1k", "8x2k", "8x4k", "8x8k", "8x16k", "8x64k", "8x128k")
 """Measured on demand: time against length, together with 8x32k (`--only 'llama-3-8b/8x*/q1/[s2]*'`)."""
 SHORT = ("96x352", "640x352")
 """Large batches of short sequences, measured on demand."""
+FEW = ("1x4k", "1x32k")
+"""Single sequences, likewise."""
 QUERY_LENGTHS = (1, 2, 4)
 WIDTHS = (2, 3, 4)
 GROUP_SIZES = (128, 64, 32)
@@ -168,7 +170,7 @@ def compile_one(setting: Setting) -> None:
 def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]:
     """Yield all cases with what they measure, peers before the rows that are compared with them."""
     device = measurement.device
-    shapes, workloads = (("tiny",), ("2x256", "2x512")) if tiny else (SHAPES, (*WORKLOADS, *SWEEP, *SHORT))
+    shapes, workloads = (("tiny",), ("2x256", "2x512")) if tiny else (SHAPES, (*WORKLOADS, *SWEEP, *SHORT, *FEW))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     peers: Mapping[str, SDPBackend | None] = CPU_PEERS if device == "cpu" else {**PEERS, "flex": None}
     variants = [
@@ -182,7 +184,7 @@ def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]
         # Shapes with the same heads, and the largest caches, are measured on demand.
         usual = (
             shape != "qwen3-8b"
-            and workload not in (*SWEEP, *SHORT)
+            and workload not in (*SWEEP, *SHORT, *FEW)
             and (workload != "32x32k" or heads.num_kv_heads <= 8)
         )
         grids = workload == workloads[0]

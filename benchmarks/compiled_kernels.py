@@ -6,10 +6,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-STORING = ("affine_append", "affine_encode", "affine_pack", "affine_select", "affine_store")
+STORING = (
+    "affine_append",
+    "affine_encode",
+    "affine_pack",
+    "affine_select",
+    "affine_store",
+    "group_seats",
+    "key_order",
+    "rotate",
+)
 """Modules of `ottfx.kernels` whose kernels store new tokens."""
 
 
@@ -37,8 +47,9 @@ def _compiled() -> dict[int, tuple[str, Any]]:
 
 def storing_microseconds(kernels: Mapping[str, float]) -> float:
     """Return the time of those kernels of a profile that store tokens, out of name -> microseconds."""
-    modules = [sys.modules.get(f"ottfx.kernels.{name}") for name in STORING]
-    names = tuple(name for module in modules for name in vars(module or object) if name.endswith("_kernel"))
+    # A process that starts from Inductor's caches has not imported them.
+    modules = [import_module(f"ottfx.kernels.{name}") for name in STORING] if kernels else []
+    names = tuple(name for module in modules for name in vars(module) if name.endswith("_kernel"))
     # Inductor appends to the names of those that it launches.
     return sum(time for name, time in kernels.items() if name.startswith(names))
 

@@ -34,7 +34,7 @@ class Configuration:
     compiled: Literal["ottfx", "forward", "generate", "no"]
     """By `ottfx.compile`, by `torch.compile(model.forward)`, by `generate` itself, or not at all."""
     dynamic: bool = True
-    """Of `torch.compile`: one graph for all sizes, or one for each."""
+    """As in `torch.compile`: one graph for all sizes, or one for each."""
     mode: str | None = None
     package: str | None = None
     """What has to be installed."""
@@ -59,8 +59,11 @@ CONFIGURATIONS = {
 }
 FORWARD_ONLY = [name for name, way in CONFIGURATIONS.items() if way.cache in ("packed", "dynamic")]
 """Those whose forward can be called without `generate`."""
-PROMPT_ONLY = {"fixed-compiled": Configuration(cache="dynamic", compiled="forward", dynamic=False)}
-"""The strongest peer for a prompt: code for its one size, with which a decode could not go on."""
+PROMPT_ONLY = {
+    "ottfx-fixed": Configuration(cache="packed", compiled="ottfx", dynamic=False),
+    "fixed-compiled": Configuration(cache="dynamic", compiled="forward", dynamic=False),
+}
+"""Code for a prompt's one size, with which a decode could not go on: the strongest peer, and the same of ottfx."""
 QUANTIZED = {"quanto": {"axis_key": 0, "axis_value": 0}, "hqq": {"axis_key": 1, "axis_value": 1}}
 
 
@@ -138,7 +141,9 @@ def configured(model: PreTrainedModel, way: Configuration, quantization: Quantiz
     torch.compiler.reset()
     try:
         if way.compiled == "ottfx":
-            ottfx.compile(model, scheme=quantization.config(), mode=way.mode, lower=quantization.lower)
+            ottfx.compile(
+                model, scheme=quantization.config(), mode=way.mode, dynamic=way.dynamic, lower=quantization.lower
+            )
         elif way.compiled == "forward":
             model.forward = torch.compile(model.forward, dynamic=way.dynamic, backend=quantization.lower)
         yield
