@@ -33,7 +33,7 @@ OnStep = Callable[[str, int, int], None]
 
 
 def default_text() -> str:
-    """Return the bundled text: the beginning of Jane Austen's Persuasion, about 14,500 tokens."""
+    """Return the bundled text: the beginning of Jane Austen's Persuasion, about 35,000 tokens."""
     return files("ottfx").joinpath("data/persuasion.txt").read_text(encoding="utf-8")
 
 

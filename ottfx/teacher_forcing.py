@@ -56,7 +56,7 @@ def decode_metrics(
     kl = torch.zeros(tokens - start, device=ids.device)
     agrees = torch.zeros_like(kl, dtype=torch.bool)
     nll = torch.full_like(kl, torch.nan)
-    model(ids[:, :prefill], past_key_values=cache, use_cache=True)
+    model(ids[:, :prefill], past_key_values=cache, use_cache=True, **keep_logits(model, 1))
     for position in range(prefill, tokens):
         logits = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits[0, -1]
         if position >= start:

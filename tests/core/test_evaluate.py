@@ -1,5 +1,7 @@
 """Quality measurement: decoding a text through the real cache, against simulations and against what is refused."""
 
+import hashlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,4 +191,6 @@ def test_evaluate_refuses_a_context_that_is_too_short():
 def test_default_text_is_the_documented_excerpt():
     text = default_text()
     assert text.startswith("Persuasion\n") and "Sir Walter Elliot, of Kellynch Hall" in text[:200]
-    assert 50_000 < len(text.encode()) <= 64 * 1024
+    assert 140_000 < len(text.encode()) < 150_000
+    documented = Path(__file__).parents[2] / "ottfx/data/README.md"
+    assert hashlib.sha256(text.encode()).hexdigest() in documented.read_text(encoding="utf-8")
