@@ -116,22 +116,6 @@ def _mask_tile(
 
 
 @triton.jit
-def _load_tile(
-    tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr, NG: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    # What `load_keys` and `load_values` load.
-    words, plane, scale, zero_point = load_keys(
-        tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr, KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE
-    )
-    value_words, value_plane, value_scale, value_zero_point = load_values(
-        tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr, VALUE_BITS, SYMMETRIC, NG, HEAD_DIM, BLOCK_D, TILE
-    )
-    return words, plane, scale, zero_point, value_words, value_plane, value_scale, value_zero_point
-
-
-@triton.jit
 def attend_packed(
     pair, head, first_tile, last_tile, packed, query_ptr, mask_ptr, score_factor, rows, slot,
     live_columns, mask_offset, key_channel,
@@ -154,26 +138,24 @@ def attend_packed(
     value_codes_ptr += pair * pages * (4 * HEAD_DIM * VALUE_BITS)
     value_scale_ptr += pair * pages * PAGE
     value_zero_point_ptr += pair * pages * PAGE
-    # Under way while queries are brought into their form, where the registers hold both.
-    if BLOCK_D <= 128:
-        key_words, key_plane, key_scale, key_zero_point, value_words, value_plane, value_scale, value_zero_point = (
-            _load_tile(
-                first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-                value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
-                KEY_BITS, VALUE_BITS, SYMMETRIC, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
-            )
-        )  # fmt: skip
-    query, exponent = load_query_lanes(
-        query_ptr, key_channel, head, rows, stride_query_head, stride_query_token,
-        QUERIES_PER_KV, MIXED, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
     if BLOCK_D > 128:
-        key_words, key_plane, key_scale, key_zero_point, value_words, value_plane, value_scale, value_zero_point = (
-            _load_tile(
-                first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
-                value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
-                KEY_BITS, VALUE_BITS, SYMMETRIC, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
-            )
+        query, exponent = load_query_lanes(
+            query_ptr, key_channel, head, rows, stride_query_head, stride_query_token,
+            QUERIES_PER_KV, MIXED, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+    key_words, key_plane, key_scale, key_zero_point = load_keys(
+        first_tile, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+        KEY_BITS, GROUP, NG, HEAD_DIM, BLOCK_D, TILE,
+    )  # fmt: skip
+    value_words, value_plane, value_scale, value_zero_point = load_values(
+        first_tile, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
+        VALUE_BITS, SYMMETRIC, NG, HEAD_DIM, BLOCK_D, TILE,
+    )  # fmt: skip
+    # The first tile is under way while queries are brought into their form, where the registers hold both.
+    if BLOCK_D <= 128:
+        query, exponent = load_query_lanes(
+            query_ptr, key_channel, head, rows, stride_query_head, stride_query_token,
+            QUERIES_PER_KV, MIXED, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     own_channel = tl.arange(0, BLOCK_D // 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
     lift = lift_exponent(own_channel, KEY_BITS, MIXED)
