@@ -15,7 +15,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,9 +29,9 @@ from benchmarks.scheme_patches import (
     E4M3,
     E4M3_SCALE,
     dual_scales,
-    exact_sinks,
     factors_of_keys,
     narrow_constants,
+    seats_at_the_beginning,
     token_norms,
 )
 from ottfx import effective_bits, evaluate
@@ -41,8 +41,6 @@ from ottfx.results import Result, Variant, write_results
 from ottfx.schemes.base import PAGE, CacheShape, Role, Scheme, SchemeConfig
 
 PLAIN = "ott+ 2-bit"
-POOL = {"group_seats": 0, "outlier_capacity": 3}
-"""All rows keep outliers in a pool, as `ott+` did when its parts were chosen."""
 ExtraBits = Callable[[Role, int], float]
 """(half, head_dim) -> bits of a packed element that an idea stores and the state tensors do not show."""
 
@@ -85,9 +83,21 @@ def factor_bits(role: Role, head_dim: int) -> float:
     return 16 / head_dim if role == "key" else 0.0
 
 
+def beginning(name: str, count: int, of_first_tokens: bool) -> Idea:
+    """Return the idea that only the first group of a text has `count` seats more; those of others take no room."""
+    return Idea(
+        name=name,
+        options={"group_seats": 1 + count},
+        patches=lambda: seats_at_the_beginning(count, of_first_tokens),
+        # A code, scale and row of each seat, in each page of one group.
+        extra_bits=lambda role, head_dim: -count * (head_dim * 8 + 16 + 8) / (PAGE * head_dim),
+    )
+
+
 IDEAS = (
-    Idea(name="sinks 1", options={"outlier_capacity": 4}, patches=lambda: exact_sinks(1)),
-    Idea(name="sinks 4", options={"outlier_capacity": 7}, patches=lambda: exact_sinks(4)),
+    beginning("sinks 1", 1, of_first_tokens=True),
+    beginning("sinks 4", 4, of_first_tokens=True),
+    beginning("4 seats in the first group", 3, of_first_tokens=False),
     Idea(
         name="e4m3 scales",
         patches=lambda: narrow_constants(E4M3_SCALE),
@@ -98,18 +108,6 @@ IDEAS = (
         patches=lambda: narrow_constants(E4M3_SCALE, E4M3),
         extra_bits=constant_bits(-16, -8),
     ),
-    Idea(
-        name="e4m3 scales and zero points, zero points of values",
-        options={"symmetric_values": False},
-        patches=lambda: narrow_constants(E4M3_SCALE, E4M3, E4M3),
-        extra_bits=constant_bits(-16, -16),
-    ),
-    Idea(
-        name="e4m3 scales, e4m3 zero points of values",
-        options={"symmetric_values": False},
-        patches=lambda: narrow_constants(E4M3_SCALE, value_zero_point=E4M3),
-        extra_bits=constant_bits(-8, -16),
-    ),
     Idea(name="token norms of keys", patches=lambda: factors_of_keys(token_norms), extra_bits=factor_bits),
     Idea(name="dual scales of keys", patches=lambda: factors_of_keys(dual_scales), extra_bits=factor_bits),
     Idea(name="bf16 scales and zero points", patches=lambda: narrow_constants(BF16, BF16, BF16)),
@@ -119,13 +117,12 @@ OPTIONS = {
         "layer_bits={0:3,1:3,28:3,29:3}",
         "layer_bits={0:4,29:4}",
         "symmetric_values=False",
-        "outlier_capacity=4",
     ),
     "gemma3-270m": ("layer_bits={5:3,17:3}", "value_bits=3"),
     "random-qwen2": (),
 }
-"""Rows that are options of the scheme: wider first and last layers among those stored, about as many bits spent in all
-layers, and a seat of the pool that is not the first token's."""
+"""Rows that are options of the scheme: wider first and last layers among those stored, and about as many bits spent in
+all layers."""
 
 
 def add_changes(results: Sequence[Result], file: Path) -> None:
@@ -155,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ideas = {idea.variant().label: idea for idea in IDEAS}
     every = [*default_variants(["ott+"], ["2"], OPTIONS[options.model]), *(idea.variant() for idea in IDEAS)]
-    every = [replace(variant, options={**POOL, **variant.options}) for variant in every]
     chosen = [PLAIN, *(f"{PLAIN}{mark}{name}" for name in options.only or names for mark in (" ", ", "))]
     variants = [variant for variant in every if variant.label in chosen]
     measure = evaluate._measure

@@ -1,7 +1,7 @@
 """Parts of `ott+` in plain torch, replaced inside a context: what `benchmarks.quality_ideas` measures.
 
-Production code knows nothing of them. Schedule, pool and window stay those of the real cache, and so does what
-attention reads, except in `factors_of_keys`.
+Production code knows nothing of them. Schedule and window stay those of the real cache, and so does what attention
+reads, except in `factors_of_keys`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ottfx import affine_cache, affine_read, grid_search, outlier_pool
+from ottfx import affine_cache, affine_read, grid_search
+from ottfx.affine_schedule import Due
+from ottfx.group_seats import Seats, seat_positions
 from ottfx.rotation import rotate
 from ottfx.schemes import ott_plus
 from ottfx.schemes.base import ROLES
@@ -27,25 +29,35 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def exact_sinks(count: int) -> Iterator[None]:
-    """Give the first `count` tokens seats of the pool that no other token can take."""
-    trace, scores = affine_cache.trace_outliers, outlier_pool.token_scores
+def seats_at_the_beginning(count: int, of_first_tokens: bool) -> Iterator[None]:
+    """Leave the last `count` seats of each group free, but in the first group of a text.
 
-    def traced(
-        key: Tensor, value: Tensor, competing: Tensor, due: Tensor, first: Tensor, *pool: Any, **sizes: Any
-    ) -> Any:
-        seats = pool[2][..., : sizes["capacity"]]
-        window = (first + torch.arange(key.shape[2], device=key.device)).expand(*seats.shape[:2], -1)
-        position = torch.cat([seats, window], dim=-1)
-        is_sink = (position >= 0) & (position < count)
+    There the first `count` tokens have them, other than those with a seat already, or else the next in order of norm.
+    """
+    find_due, choose = affine_cache.due_range, affine_cache.choose_seats
+    latest: list[Due] = []
 
-        def sinks_first(keys: Tensor, norm: int) -> Tensor:
-            return torch.where(is_sink, -1.0, scores(keys, norm))
+    def due_range(*args: Any) -> Due:
+        latest[:] = [find_due(*args)]
+        return latest[0]
 
-        with patch.object(outlier_pool, "token_scores", sinks_first):
-            return trace(key, value, competing, due, first, *pool, **sizes)
+    def choose_seats(key: Tensor, real: Tensor, group_size: int, seats: int, score_norm: int) -> Seats:
+        _, offset, taken = choose(key, real, group_size, seats, score_norm)
+        if of_first_tokens:
+            first = torch.arange(count).expand(*offset.shape[:3], -1)
+            has_seat = (first.unsqueeze(-1) == offset[..., None, :-count]).any(-1)
+            is_real = real.unflatten(1, (-1, group_size))[:, None, :, :count]
+            offset = torch.cat([offset[..., :-count], first], dim=-1)
+            taken = torch.cat([taken[..., :-count], is_real & ~has_seat], dim=-1)
+        is_first_group = (latest[0].start + group_size * torch.arange(offset.shape[2])).unsqueeze(-1) == 0
+        taken = taken & (is_first_group | (torch.arange(seats) < seats - count))
+        holders = torch.zeros(*offset.shape[:3], group_size, dtype=torch.uint8)
+        return Seats(holders.scatter_add(-1, offset, taken.byte()).bool().flatten(2, 3), offset, taken)
 
-    with patch.object(affine_cache, "trace_outliers", traced):
+    with (
+        patch.object(affine_cache, "due_range", due_range),
+        patch.object(affine_cache, "choose_seats", choose_seats),
+    ):
         yield
 
 
@@ -140,11 +152,14 @@ def factors_of_keys(factors: Callable[[Tensor], Tensor]) -> Iterator[None]:
     factor_of: dict[int, Tensor] = {}
     given_back: dict[int, dict[str, Tensor]] = {}
 
-    def code_keys(group: Tensor, *args: Any) -> Any:
+    def code_keys(group: Tensor, bits: int, in_range: Tensor, *args: Any) -> Any:
+        # Nobody reads the codes of tokens with a seat: as the mean of the others they do not disturb factors.
+        mean = torch.where(in_range, group, 0.0).sum(3, keepdim=True) / in_range.sum(3, keepdim=True).clamp(min=1)
+        group = torch.where(in_range, group, mean)
         divisor = factors(group).half().float()
         divisor = torch.where(divisor > 0, divisor, 1.0)
         latest.append(divisor.flatten(2, 3))
-        return code(group / divisor, *args)
+        return code(group / divisor, bits, in_range, *args)
 
     def affine_append(key: Tensor, value: Tensor, mask: Any, lengths: Tensor, site: int, **state: Any) -> None:
         past, packed = lengths[site, :2].tolist()
@@ -162,10 +177,11 @@ def factors_of_keys(factors: Callable[[Tensor], Tensor]) -> Iterator[None]:
                 rows[f"{role}_residual"][:, :, past:length] = decode_rows(*encode_rows(new))
             return
         after = max(packed, (length - state["key_window"]) // step * step)
-        factor, position = factor_of[site], state["outlier_position"].long()
+        factor, position = factor_of[site], seat_positions(state["seat_row"])
         factor[:, :, packed:after] = latest[0][:, :, : after - packed]
-        in_pool = torch.zeros_like(factor[..., 0]).scatter_add(-1, position.clamp(min=0), (position >= 0).float()) > 0
-        factor[in_pool] = 1.0
+        seated = (position >= 0) & (position < after)
+        is_seated = torch.zeros_like(factor[..., 0]).scatter_add(-1, position.clamp(min=0), seated.float()) > 0
+        factor[is_seated] = 1.0
         state["value_zero_point"] = state["value_scale"].narrow(3, 0, 0)
         for role in ROLES:
             rows[f"{role}_residual"][:, :, :length] = affine_read.read_tokens(
@@ -176,8 +192,8 @@ def factors_of_keys(factors: Callable[[Tensor], Tensor]) -> Iterator[None]:
     def affine_attend(
         query: Tensor, key: Tensor, value: Tensor, mask: Any, lengths: Tensor, site: int, *sizes: Any, **state: Any
     ) -> Tensor:
-        elsewhere = "outlier_key outlier_value outlier_position key_order key_residual_scale value_residual_scale"
-        state |= {**dict.fromkeys(elsewhere.split()), **given_back[site]}
+        without = ("key_order", "key_residual_scale", "value_residual_scale")
+        state |= {**dict.fromkeys(without), **given_back[site]}
         nothing_packed = torch.tensor([[int(lengths[site, 0]), 0, 0]])
         return attend(query, key, value, mask, nothing_packed, 0, *sizes, **state)
 

@@ -8,34 +8,35 @@ import torch
 from sample_results import result_of
 from scheme_store import ROLES, Store, random_tokens
 
-from benchmarks.quality_ideas import IDEAS, POOL, add_changes
+from benchmarks.quality_ideas import IDEAS, add_changes
 from benchmarks.scheme_patches import (
     BF16,
     E4M3,
     E4M3_SCALE,
     dual_scales,
-    exact_sinks,
     factors_of_keys,
     narrow_constants,
+    seats_at_the_beginning,
     token_norms,
 )
-from ottfx import affine_cache, effective_bits, grid_search, outlier_pool
+from ottfx import affine_cache, effective_bits, grid_search
 from ottfx.evaluate import evaluate
+from ottfx.group_seats import seat_positions
 from ottfx.models import load_known
 from ottfx.registry import make_config
 from ottfx.results import Variant, csv_table
 from ottfx.schemes import ott_plus
 
 PATCHED = (
-    (affine_cache, "trace_outliers"), (affine_cache, "code_keys"), (affine_cache, "code_values"),
-    (outlier_pool, "token_scores"), (grid_search, "round_to_half"),
+    (affine_cache, "due_range"), (affine_cache, "choose_seats"),
+    (affine_cache, "code_keys"), (affine_cache, "code_values"), (grid_search, "round_to_half"),
     (ott_plus, "affine_append"), (ott_plus, "affine_attend"), (effective_bits, "formula_bits"),
 )  # fmt: skip
 TOKENS = 420
 
 
 def filled(key, value, **options):
-    store = Store(make_config("ott+", **POOL | options).at_layer(3), 1, 2, 32, TOKENS)
+    store = Store(make_config("ott+", **options).at_layer(3), 1, 2, 32, TOKENS)
     store.append_in_chunks(key, value, [200, 1, 100, TOKENS - 301])
     return store
 
@@ -45,29 +46,41 @@ def tokens():
     return tuple(random_tokens(1, 2, TOKENS, 32) for _ in ROLES)
 
 
+def seated(store, head, role="key"):
+    """Positions of the packed tokens that have a seat."""
+    rows = store.state[role]["seat_row" if role == "key" else "value_seat_row"]
+    return sorted(p for p in seat_positions(rows)[0, head].tolist() if 0 <= p < store.packed["key"])
+
+
 @pytest.mark.parametrize("count", [1, 4])
-def test_sinks_stay_exact(tokens, count):
+def test_first_tokens_have_seats_beside_those_of_others(tokens, count):
     key, value = tokens
     key[:, :, :count] *= 100
-    assert not {0} & filled(key, value).pool_positions(0, 0)[0]
-    with exact_sinks(count):
-        store = filled(key, value, outlier_capacity=3 + count)
-    assert torch.equal(store.read("key")[:, :, :count], key[:, :, :count])
-    torch.testing.assert_close(store.read("value")[:, :, :count], value[:, :, :count])
-    for head in range(2):
-        seats, _ = store.pool_positions(0, head)
-        assert seats.issuperset(range(count)) and len(seats) == 3 + count
-
-
-def test_other_tokens_compete_as_without_sinks(tokens):
-    key, value = tokens
-    key[:, :, 0] *= 100
+    key[:, 1, 2] /= 1e4
     plain = filled(key, value)
-    with exact_sinks(1):
-        store = filled(key, value, outlier_capacity=4)
+    with seats_at_the_beginning(count, of_first_tokens=True):
+        store = filled(key, value, group_seats=1 + count)
     for head in range(2):
-        seats, spilled = store.pool_positions(0, head)
-        assert (seats - {0}, spilled) == plain.pool_positions(0, head)
+        for role in ROLES:
+            assert seated(store, head, role) == sorted({*seated(plain, head), *range(count)})
+    for role, dense in zip(ROLES, tokens, strict=True):
+        error = (store.read(role) - dense)[:, :, :count].norm(dim=-1) / dense[:, :, :count].norm(dim=-1)
+        assert error.max() < 0.02
+        # What is codes in both: all but the first group, whose ranges the sinks have left.
+        assert torch.equal(store.read(role)[:, :, 128:], plain.read(role)[:, :, 128:])
+
+
+def test_the_first_group_alone_has_more_seats(tokens):
+    one, four = filled(*tokens), filled(*tokens, group_seats=4)
+    with seats_at_the_beginning(3, of_first_tokens=False):
+        store = filled(*tokens, group_seats=4)
+    for head in range(2):
+        of_first_group = [p for p in seated(four, head) if p < 128]
+        assert len(of_first_group) == 4
+        assert seated(store, head) == of_first_group + [p for p in seated(one, head) if p >= 128]
+    for role in ROLES:
+        for start, stop, same in ((0, 128, four), (128, TOKENS, one)):
+            assert torch.equal(store.read(role)[:, :, start:stop], same.read(role)[:, :, start:stop])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -98,7 +111,7 @@ def test_e4m3_has_four_significant_bits():
 
 def attended(key, value, context, **options):
     """What one token at a time gets after a prompt, in a new store."""
-    store = Store(make_config("ott+", **POOL | options).at_layer(3), 1, 2, 32, TOKENS)
+    store = Store(make_config("ott+", **options).at_layer(3), 1, 2, 32, TOKENS)
     results = []
     with context:
         store.append(key[:, :, :300], value[:, :, :300])
@@ -117,9 +130,20 @@ def test_equal_factors_change_nothing(tokens, factor):
     torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_factors_do_not_see_tokens_with_a_seat(tokens):
+    key, value = tokens
+    key[:, :, 40] /= 1e4
+    seen = []
+    with factors_of_keys(lambda group: seen.append(group) or torch.ones_like(group[..., :1])):
+        filled(key, value)
+    others = torch.cat([key[:, :, :40], key[:, :, 41:128]], dim=2)
+    torch.testing.assert_close(seen[0][:, :, 0, 40], others.mean(2))
+    assert torch.equal(seen[0][:, :, 0, :40], key[:, :, :40])
+
+
 def test_equal_factors_change_nothing_in_a_compiled_model():
     model, _ = load_known("random-qwen2")
-    variant = Variant(label="ott+", options={"scheme": "ott+", "bits": 2, **POOL, "lower": "eager"})
+    variant = Variant(label="ott+", options={"scheme": "ott+", "bits": 2, "lower": "eager"})
     ids = torch.arange(300) * 7 % model.config.vocab_size
     results = []
     for context in (nullcontext(), factors_of_keys(lambda group: torch.ones_like(group[..., :1]))):
@@ -156,6 +180,16 @@ def test_ideas_count_their_bits_and_leave_nothing_behind(tokens, idea):
     packed = (8192 - 32 - 63.5) / 8192
     assert counted == pytest.approx(plain + packed * idea.extra_bits("key", 32), abs=1e-6)
     assert before == [getattr(module, name) for module, name in PATCHED]
+
+
+@pytest.mark.parametrize("idea", IDEAS[:3], ids=lambda idea: idea.name)
+@pytest.mark.parametrize("role", ROLES)
+def test_free_seats_take_no_bits(tokens, idea, role):
+    plain, half = (filled(*tokens, **options).halves[role] for options in ({}, idea.options))
+    bits = [effective_bits.formula_bits(half.scheme, half.config, role, half.shape, 8192) for half in (plain, half)]
+    with idea.applied():
+        counted = effective_bits.formula_bits(half.scheme, half.config, role, half.shape, 8192)
+    assert bits[0] < counted < bits[0] + 0.005 < bits[1]
 
 
 def test_bits_of_a_key():
