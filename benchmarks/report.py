@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
         quality.ideas,
         "python -m benchmarks.quality_ideas`, also with `--model gemma3-270m` and `--model random-qwen2",
     ),
+    "layer-budget": (quality.ideas, "python -m benchmarks.layer_budget"),
     "quality-long": (
         quality.variants,
         "ottfx eval --device cuda --schemes kivi,ott+ --bits 2 --vary group_seats=2 --tokens 8192`, also `--device cpu",
