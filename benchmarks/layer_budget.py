@@ -87,8 +87,8 @@ def budgets(gains: Sequence[float]) -> dict[str, LayerBits]:
     last = len(gains) - 1
     by_gain = sorted(range(len(gains)), key=lambda layer: -gains[layer])
     chosen = {
-        "4 of greatest gain": dict.fromkeys(sorted(by_gain[:4]), 3),
         "2 first and 2 last": dict.fromkeys((0, 1, last - 1, last), 3),
+        "4 of greatest gain": dict.fromkeys(sorted(by_gain[:4]), 3),
         "2 of greatest gain": dict.fromkeys(sorted(by_gain[:2]), 4),
     }
     return {
