@@ -144,7 +144,7 @@ def formula_bits(scheme: Scheme, config: SchemeConfig, role: Role, shape: CacheS
     one, two = (_bits_by_part(scheme, config, role, shape, pages) for pages in (1, 2))
     elements = shape.batch_size * shape.num_kv_heads * shape.head_dim
     token_bits = sum(two[part] - one[part] for part in one) / (PAGE * elements)
-    pool_bits = one.get("pool", 0) / (length * elements)
+    pool_bits = (2 * one.get("pool", 0) - two.get("pool", 0)) / (length * elements)
     phases = range(length, length + PAGE)
     unpacked = sum(at - scheme.packed_length(config, role, at, 0) for at in phases) / len(phases)
     full = 0.0 if one.get("dense") else min(unpacked, float(length))
