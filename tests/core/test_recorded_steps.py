@@ -316,6 +316,24 @@ def test_between_steps_only_contents_change(monkeypatch):
     assert len(symbols[1]) == 2
 
 
+def test_a_long_decode_records_each_capacity_once_and_compiles_nothing():
+    model, ids, steps = (
+        tiny_model("llama", num_hidden_layers=1, max_position_embeddings=4096),
+        random_tokens(1, 40),
+        2000,
+    )
+    with recording_on_cpu():
+        model = ottfx.compile(model, **MODE)
+        generate(model, ids, 4)
+        counters.clear()
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        generate(model, ids, steps + 1)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        # Pages: 1, 3, 5, 7, 9, 11, 13, 15, 18.
+        assert counters["recordings"] <= 9 and counters["refusals"] == counters["misses"] == 0
+        assert counters["replays"] + counters["warmups"] == steps and counters["warmups"] <= 1
+
+
 def test_beams_move_their_cache_and_are_not_recorded():
     model, ids = tiny_model("llama"), random_tokens(2, 12)
     want = generate(ottfx.compile(copy.deepcopy(model), lower="eager"), ids, num_beams=2)

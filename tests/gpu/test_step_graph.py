@@ -49,6 +49,19 @@ def test_same_tokens_through_growth(family, scheme, padded):
         assert torch.equal(got.sequences, want.sequences)
 
 
+def test_a_long_decode_records_each_capacity_once_and_compiles_nothing():
+    model = ottfx.compile(tiny_model("llama", max_position_embeddings=4096).cuda(), mode="reduce-overhead")
+    ids, steps = random_tokens(2, 40).cuda(), 2000
+    generate(model, ids, 4, True)
+    counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    generate(model, ids, steps + 1, True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    # Pages: 1, 3, 5, 7, 9, 11, 13, 15, 18.
+    assert counters["recordings"] <= 9 and counters["refusals"] == counters["misses"] == 0
+    assert counters["replays"] + counters["warmups"] == steps and counters["warmups"] <= 1
+
+
 @pytest.mark.parametrize("scheme", ["ott+", "ott", "kivi", "none", "turbo", "polar", "polar_pairs", "qjl"])
 def test_a_replayed_step_does_not_wait_for_the_device(scheme):
     model = ottfx.compile(tiny_model("llama").cuda(), scheme=scheme, mode="reduce-overhead")
