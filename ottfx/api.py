@@ -48,7 +48,8 @@ def compile(
         mode: a mode of `torch.compile`. `reduce-overhead` and `max-autotune` replay decode steps as CUDA graphs; then
             one call at a time may run, and the model is not checked for changes: compile it again after replacing or
             adding modules or parameters. On a CPU they record nothing.
-        dynamic: as in `torch.compile`. True compiles one graph for all lengths.
+        dynamic: as in `torch.compile`. True compiles one graph for all lengths; None one for the first length of a
+            prompt, which is a little faster, and one for all others when a second length comes.
         fullgraph: as in `torch.compile`.
         lower: `inductor`, or `eager` to run the rewritten graph node by node.
         **scheme_options: options of the scheme, such as `group_size` or `residual_length`.
