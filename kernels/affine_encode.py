@@ -136,11 +136,9 @@ def _encode_key_pages_kernel(
                 low = tl.min(tl.where(free, grouped, FINITE_MAX), axis=1)
                 high = tl.max(tl.where(free, grouped, -FINITE_MAX), axis=1)
                 if SEARCH:
-                    absent = GROUP - tl.sum(free.to(tl.float32), axis=1) + tl.zeros([GROUPS, CHUNK], tl.float32)
                     scale, zero_point = search_range(
-                        tl.where(free, grouped, low[:, None, :]), low, high, levels, absent,
-                        GROUPS, GROUP, CHUNK, 4 if MIXED else BITS,
-                    )  # fmt: skip
+                        grouped, free, low, high, levels, GROUPS, GROUP, CHUNK, 4 if MIXED else BITS, SEATED
+                    )
                 else:
                     scale, zero_point = group_constants(low, high, levels)
                 steps = steps_of(
@@ -202,10 +200,10 @@ def _value_steps(
         if SEARCH:
             # Every group is one of its own: [groups, members, 1].
             levels = tl.full([STRIPS * GROUPS, 1], LEVELS, tl.float32)
+            everyone = tl.full([STRIPS * GROUPS, MEMBERS, 1], 1, tl.int1)
             scale, zero_point = search_range(
-                tl.reshape(x, [STRIPS * GROUPS, MEMBERS, 1]), tl.reshape(low, [STRIPS * GROUPS, 1]),
-                tl.reshape(high, [STRIPS * GROUPS, 1]), levels, tl.zeros([STRIPS * GROUPS, 1], tl.float32),
-                STRIPS * GROUPS, MEMBERS, 1, BITS,
+                tl.reshape(x, [STRIPS * GROUPS, MEMBERS, 1]), everyone, tl.reshape(low, [STRIPS * GROUPS, 1]),
+                tl.reshape(high, [STRIPS * GROUPS, 1]), levels, STRIPS * GROUPS, MEMBERS, 1, BITS, False,
             )  # fmt: skip
             scale, zero_point = tl.reshape(scale, [STRIPS, GROUPS]), tl.reshape(zero_point, [STRIPS, GROUPS])
         else:

@@ -110,11 +110,9 @@ def pack_key_page(
     low = tl.where(count > 0, tl.min(tl.where(members, x, FINITE_MAX), axis=1), 0.0)
     high = tl.where(count > 0, tl.max(tl.where(members, x, -FINITE_MAX), axis=1), 0.0)
     if SEARCH:
-        absent = (GROUP - count).to(tl.float32) + tl.zeros([GROUPS, CHUNK], tl.float32)
         scale, zero_point = search_range(
-            tl.where(members, x, low[:, None, :]), low, high, levels, absent,
-            GROUPS, GROUP, CHUNK, 4 if MIXED else BITS,
-        )  # fmt: skip
+            x, members, low, high, levels, GROUPS, GROUP, CHUNK, 4 if MIXED else BITS, False
+        )
     else:
         scale, zero_point = group_constants(low, high, levels)
     codes = codes_of(
@@ -254,11 +252,9 @@ def pack_value_strip(
             if SEARCH:
                 # One group of each token: [tokens, channels, 1].
                 levels = tl.full([16, 1], LEVELS, tl.float32)
-                mine = in_group & real[:, None]
-                absent = COLUMNS - tl.sum(mine.to(tl.int32), axis=1).to(tl.float32)
                 scale, zero_point = search_range(
-                    tl.where(mine, x, low[:, None])[:, :, None], low[:, None], high[:, None], levels, absent[:, None],
-                    16, COLUMNS, 1, BITS,
+                    x[:, :, None], (in_group & real[:, None])[:, :, None], low[:, None], high[:, None], levels,
+                    16, COLUMNS, 1, BITS, False,
                 )  # fmt: skip
                 scale, zero_point = tl.reshape(scale, [16]), tl.reshape(zero_point, [16])
             else:

@@ -29,14 +29,18 @@ def _distance(x, middle, step, levels, WIDEST: tl.constexpr):
 
 @triton.jit
 def search_range(
-    x, low, high, levels, absent, GROUPS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, WIDEST: tl.constexpr,
+    x, taking_part, low, high, levels, GROUPS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    WIDEST: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """Scale and zero point, float16 [GROUPS, CHUNK], of keys float32 [GROUPS, GROUP, CHUNK].
 
-    `low`, `high` float32 [GROUPS, CHUNK] are the range of those that take part, and `absent` float32 [GROUPS, CHUNK]
-    is how many do not: in their places is `low`. `levels` is the highest code, float32 [GROUPS, CHUNK], of at most
-    WIDEST bits.
+    `taking_part` bool [GROUPS, GROUP, 1 or CHUNK]; `low`, `high` float32 [GROUPS, CHUNK] are their range; `levels` is
+    the highest code, float32 [GROUPS, CHUNK], of at most WIDEST bits. With REPLACE those that take no part stand at
+    `low`, whose errors are taken off again: fewer instructions, and registers for a second `x`.
     """
+    if REPLACE:
+        absent = GROUP - tl.sum(taking_part.to(tl.float32), axis=1) + tl.zeros([GROUPS, CHUNK], tl.float32)
+        x = tl.where(taking_part, x, low[:, None, :])
     cut = tl.where(levels == 1.0, HALF_CUT_OF_ONE_BIT, HALF_CUT)
     best_scale, best_zero_point = group_constants(low, high, levels)
     best_error = tl.full([GROUPS, CHUNK], float("inf"), tl.float32)
@@ -48,10 +52,13 @@ def search_range(
         middle = wide_levels * 0.5 * step + zero_point.to(tl.float32)[:, None, :]
         distance = _distance(x, middle, step, wide_levels, WIDEST)
         square = distance * distance
+        if not REPLACE:
+            square = tl.where(taking_part, square, 0.0)
         total = tl.sum(square * square, axis=1)
-        of_low = _distance(low[:, None, :], middle, step, wide_levels, WIDEST)
-        of_low = tl.reshape(of_low * of_low, [GROUPS, CHUNK])
-        total -= absent * (of_low * of_low)
+        if REPLACE:
+            of_low = _distance(low[:, None, :], middle, step, wide_levels, WIDEST)
+            of_low = tl.reshape(of_low * of_low, [GROUPS, CHUNK])
+            total -= absent * (of_low * of_low)
         better = total < best_error
         best_error = tl.where(better, total, best_error)
         best_scale = tl.where(better, scale, best_scale)

@@ -296,7 +296,7 @@ def test_append_compiles_without_spills(
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, plus=plus)
     compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
     # The search of ranges leaves a few words on the stack, where a group is packed: once in 128 steps.
-    assert stack_bytes(compiled, tmp_path) <= (96 if plus else 0)
+    assert stack_bytes(compiled, tmp_path) <= (160 if plus else 0)
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=True, plus=plus)
     assert compile_kernel(_store_tokens_kernel, constants, dtype, 4).asm["cubin"]
 
