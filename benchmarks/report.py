@@ -51,8 +51,8 @@ TABLES: dict[str, tuple[Callable[[Sequence[Row]], str], str]] = {
     "layer-budget": (quality.ideas, "python -m benchmarks.layer_budget"),
     "quality-long": (
         quality.variants,
-        "ottfx eval --device cuda --schemes kivi,ott+ --bits 2 --vary group_seats=2 --tokens 8192`, also `--device cpu`, "
-        "`--model gemma3-270m`, and that with `--tokens 32768 --start 31744",
+        "ottfx eval --device cuda --schemes kivi,ott+ --bits 2 --vary group_seats=2 --tokens 8192`, also with "
+        "`--device cpu`, with `--model gemma3-270m`, and that with `--tokens 32768 --start 31744",
     ),
     "quality-spread": (quality.spread, "python -m benchmarks.quality"),
 }
