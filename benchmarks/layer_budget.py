@@ -22,6 +22,7 @@ import ottfx
 from benchmarks.quality_ideas import PLAIN, add_changes
 from benchmarks.results import FOLDER, conditions
 from benchmarks.results import write_results as write_table
+from ottfx.dense_run import keep_logits
 from ottfx.eval_command import load_model, run_evaluation
 from ottfx.evaluate import default_text
 from ottfx.metrics import bootstrap_interval, kl_divergence
@@ -50,7 +51,7 @@ def kl_in_chunks(model: torch.nn.Module, ids: Tensor, reference: Tensor, layer_b
     config: Any = model.config
     cache = DynamicCache(config=config)
     prompt, rest = ids.tensor_split([ids.shape[1] - len(reference)], dim=1)
-    compiled(prompt, past_key_values=cache, use_cache=True)
+    compiled(prompt, past_key_values=cache, use_cache=True, **keep_logits(model, 1))
     kl = []
     for chunk, expected in zip(rest.split(CHUNK, 1), reference.split(CHUNK), strict=True):
         logits = compiled(chunk, past_key_values=cache, use_cache=True).logits[0]
