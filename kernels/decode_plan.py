@@ -29,7 +29,7 @@ TILES_OF_OVERHEAD = 2
 """What starting a program and joining its part cost, in tiles of work."""
 OVERHEAD_WHEN_FULL = 9
 """The same where there are programs enough without: those that read the window fill a last round of few."""
-JOINED_IN_A_TILE = 32
+JOINED_IN_A_TILE = 64
 """Parts of a row, all of whose channels one program joins and rotates back, that take as long as a tile of work."""
 
 

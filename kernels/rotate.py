@@ -46,12 +46,12 @@ def _fixed_signs(channel):
 @triton.jit
 def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """Float32 rows [ROWS, SIZE] times the Hadamard matrix of entries 1 and -1."""
-    # A step adds and subtracts neighbours and puts the sums before the differences, which turns the bits of the index
-    # by one place; after all steps they are back.
     STEPS: tl.constexpr = tl.constexpr(SIZE.bit_length() - 1)
-    for _ in tl.static_range(STEPS):
-        even, odd = tl.split(tl.reshape(x, [ROWS, SIZE // 2, 2]))
-        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), [0, 2, 1]), [ROWS, SIZE])
+    for step in tl.static_range(STEPS):
+        x = tl.reshape(x, [ROWS, SIZE >> (step + 1), 2, 1 << step])
+        lower, upper = tl.split(tl.permute(x, [0, 1, 3, 2]))
+        x = tl.permute(tl.join(lower + upper, lower - upper), [0, 1, 3, 2])
+        x = tl.reshape(x, [ROWS, SIZE])
     return x
 
 

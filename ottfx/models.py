@@ -14,11 +14,13 @@ Weights of the real ones are looked for where they cost least, in this order:
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ottfx.errors import ArtifactError
+from ottfx.gemma_tokenizer import merges_pairs, read_gemma_tokenizer
 from ottfx.stress_model import load_random_qwen2
 from ottfx.wheel_weights import CONNECT_SECONDS, WheelPart, WheelWeights, cache_dir
 
@@ -130,6 +132,8 @@ def _from_pretrained(name: str, gguf_file: str | None, dtype: torch.dtype) -> Lo
 
     source = {} if gguf_file is None else {"gguf_file": gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    if gguf_file is not None and not merges_pairs(tokenizer):
+        tokenizer = read_gemma_tokenizer(Path(name) / gguf_file)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # as generation wants it

@@ -11,7 +11,12 @@ triton = pytest.importorskip("triton")
 from pathlib import Path  # noqa: E402
 
 from ottfx.kernels.affine_attend import tile_sizes  # noqa: E402
-from ottfx.kernels.affine_combine import _combine_kernel  # noqa: E402
+from ottfx.kernels.affine_combine import (  # noqa: E402
+    _combine_kernel,
+    _combine_rotated_kernel,
+    block_sizes,
+    row_sizes,
+)
 from ottfx.kernels.affine_decode import _decode_kernel  # noqa: E402
 from ottfx.kernels.affine_encode import (  # noqa: E402
     KEY_CHANNELS,
@@ -189,11 +194,12 @@ def seat_constants(head_dim, group_size, seats, orders):
     }  # fmt: skip
 
 
-def combine_constants(rotated, block_parts=64):
-    return {
-        "NUM_KV_HEADS": 8, "QUERIES_PER_KV": 4, "HEAD_DIM": 128, "SIZE": 128 if rotated else 1, "OFFSET": -1,
-        "NEW_APART": rotated, "BLOCK_PARTS": block_parts, "CHUNK_PARTS": block_parts, "BLOCK_D": 128,
-    }  # fmt: skip
+def combine_constants(rotated, block_parts=64, head_dim=128):
+    sizes, num_warps = (row_sizes if rotated else block_sizes)(block_parts, head_dim)
+    constants = {"QUERIES_PER_KV": 4, "HEAD_DIM": head_dim, "BLOCK_PARTS": block_parts, **sizes}
+    if rotated:
+        constants |= {"NUM_KV_HEADS": 8, "SIZE": head_dim & -head_dim, "OFFSET": -1, "NEW_APART": True}
+    return constants, num_warps
 
 
 def encode_keys_constants(head_dim, bits, group_size, traces, padded, plus=False):
@@ -344,10 +350,15 @@ def test_encoders_compile(head_dim, bits, group_size, value_groups, padded, plus
     assert stack_bytes(compiled, tmp_path) == 0
 
 
-@pytest.mark.parametrize("rotated, block_parts, num_warps", [(False, 64, 4), (True, 256, 8), (True, 4, 1)])
-def test_combination_compiles_without_spills(rotated, block_parts, num_warps, tmp_path):
-    compiled = compile_kernel(_combine_kernel, combine_constants(rotated, block_parts), "bf16", num_warps)
-    assert stack_bytes(compiled, tmp_path) == 0
+@pytest.mark.parametrize(
+    "rotated, block_parts, head_dim",
+    # The last of each have more parts than a program holds at once.
+    [(False, 64, 128), (False, 2048, 128), (True, 4, 128), (True, 64, 80), (True, 256, 128), (True, 1024, 256)],
+)
+def test_combination_compiles_without_spills(rotated, block_parts, head_dim, tmp_path):
+    constants, num_warps = combine_constants(rotated, block_parts, head_dim)
+    kernel = _combine_rotated_kernel if rotated else _combine_kernel
+    assert stack_bytes(compile_kernel(kernel, constants, "bf16", num_warps), tmp_path) == 0
 
 
 ORDER = {
@@ -361,7 +372,8 @@ UNKNOWN_BOUNDS = [
     (_select_outliers_kernel, select_constants(128, 128, 3, 32)),
     (_seat_tokens_kernel, seat_constants(128, 128, 2, False)),
     (_store_tokens_kernel, store_constants(128, (2, 2), 128, 1, True, False)),
-    (_combine_kernel, combine_constants(True)),
+    (_combine_kernel, combine_constants(False)[0]),
+    (_combine_rotated_kernel, combine_constants(True)[0]),
     (_encode_key_pages_kernel, encode_keys_constants(128, 2, 128, True, True)),
     (_encode_value_pages_kernel, encode_values_constants(128, 2, 1, True)),
     pytest.param(_decode_kernel, decode_constants(128, (2, 2), 128, 4, False)[0], marks=pytest.mark.slow),
