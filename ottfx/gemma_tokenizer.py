@@ -36,9 +36,7 @@ def read_gemma_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     # Earlier tokens are merged first.
     merges = generate_merges(vocabulary, {token: -index for token, index in vocabulary.items()})
     fields_of = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    names = {
-        name: tokens[fields[f"tokenizer.ggml.{field}_token_id"].contents()] for name, field in fields_of.items()
-    }
+    names = {name: tokens[fields[f"tokenizer.ggml.{field}_token_id"].contents()] for name, field in fields_of.items()}
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True, **names)
     whole = [
         AddedToken(token, normalized=False, special=kind == _CONTROL)
