@@ -9,6 +9,7 @@ from benchmarks.tables.markdown import Row, count, groups, model_title, number, 
 
 WAYS = {**CONFIGURATIONS, **PROMPT_ONLY}
 FULL_PRECISION = [name for name, way in WAYS.items() if way.cache in ("dynamic", "static")]
+QUANTIZED = [name for name, way in WAYS.items() if way.cache in ("quanto", "hqq")]
 OURS = [name for name, way in WAYS.items() if way.cache == "packed"]
 
 
@@ -24,6 +25,10 @@ def _measured(rows: Sequence[Row], column: str) -> list[Row]:
 def _fastest(rows: Sequence[Row], names: Sequence[str], column: str) -> Row | None:
     chosen = [row for row in _measured(rows, column) if row["configuration"] in names]
     return min(chosen, key=lambda row: float(row[column]), default=None)
+
+
+def _time(row: Row) -> str:
+    return f"{number(row['step_ms'], '{:.2f}')} ({row['configuration']})"
 
 
 def steps(rows: Sequence[Row]) -> str:
@@ -55,26 +60,27 @@ def steps(rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The fastest packed configuration of each workload against the fastest one in 16 bits."""
+    """The fastest packed configuration of each workload against the fastest one in 16 bits, and transformers' 2 bits."""
     cells = []
     for group in groups(
         [row for row in rows if not row.get("largest")], "card", "shape", "layers", "batch_size", "start"
     ):
-        ours, dense = (_fastest(group, names, "step_ms") for names in (OURS, FULL_PRECISION))
+        ours, dense, theirs = (_fastest(group, names, "step_ms") for names in (OURS, FULL_PRECISION, QUANTIZED))
         if ours is None or dense is None:
             continue
         cells.append(
             [
                 f"{ours['shape']}, {ours['layers']} layers",
                 _workload(ours),
-                f"{number(dense['step_ms'], '{:.2f}')} ({dense['configuration']})",
-                f"{number(ours['step_ms'], '{:.2f}')} ({ours['configuration']})",
+                _time(dense),
+                "not measured" if theirs is None else _time(theirs),
+                _time(ours),
                 f"{float(dense['step_ms']) / float(ours['step_ms']):.2f}x",
                 f"{float(dense['cache_bytes']) / float(ours['cache_bytes']):.2f}x",
             ]
         )
-    columns = ["shape", "batch x start + new", "fastest 16-bit step, ms", "2-bit step, ms", "as fast", "smaller cache"]
-    return table(columns, cells)
+    columns = ["shape", "batch x start + new", "fastest 16-bit step, ms", "2-bit `QuantizedCache`, ms", "ottfx, ms"]
+    return table([*columns, "as fast as 16 bits", "smaller cache"], cells)
 
 
 def largest(rows: Sequence[Row]) -> str:

@@ -117,7 +117,9 @@ GENERATED = [
 def test_the_headline_takes_the_fastest_of_each_side_and_no_peer_of_fewer_bits():
     (line,) = generate.headline(GENERATED).splitlines()[2:]
     assert line.startswith("| llama-2-7b, 8 layers | 96 x prompt 160 + 338 | 4.50 (static-compiled) |")
-    assert line.endswith("| 3.00 (ottfx-graphs) | 1.50x | 4.00x |")
+    assert line.endswith("| 1.00 (quanto) | 3.00 (ottfx-graphs) | 1.50x | 4.00x |")
+    (line,) = generate.headline([row for row in GENERATED if row["configuration"] != "quanto"]).splitlines()[2:]
+    assert "| not measured | 3.00 (ottfx-graphs) |" in line
 
 
 def test_steps_and_largest_sizes_are_two_tables():
