@@ -60,7 +60,7 @@ def steps(rows: Sequence[Row]) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The fastest packed configuration of each workload against the fastest one in 16 bits, and transformers' 2 bits."""
+    """The fastest packed configuration of each workload, the fastest one in 16 bits, and transformers' 2 bits."""
     cells = []
     for group in groups(
         [row for row in rows if not row.get("largest")], "card", "shape", "layers", "batch_size", "start"
