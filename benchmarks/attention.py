@@ -176,7 +176,7 @@ def plan(measurement: Measurement, tiny: bool) -> Iterator[tuple[Case, Setting]]
     variants = [
         (f"{b}b-g{g}-{part}", b, g, part)
         for b, g, part in product(WIDTHS, GROUP_SIZES, PARTS)
-        if part != "plus" or (b, g) == (2, 128)
+        if part != "plus" or (b in (2, 4) and g == 128)
     ]
     for workload, shape, q_len in product(workloads, shapes, QUERY_LENGTHS):
         heads = heads_of(shape)

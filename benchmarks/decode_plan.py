@@ -36,11 +36,11 @@ CUTS: dict[str, Callable[[Any], Any]] = {
 
 
 def _split(plan: Any, splits: int) -> Any:
-    return replace(plan, splits=splits, most_splits=splits)
+    return replace(plan, splits=splits, most_parts=splits + plan.seat_parts + plan.window_parts)
 
 
 def _cut_window(plan: Any, parts: int) -> Any:
-    return replace(plan, window_parts=parts, most_window_parts=parts)
+    return replace(plan, window_parts=parts, most_parts=plan.splits + plan.seat_parts + parts)
 
 
 class Cutting:

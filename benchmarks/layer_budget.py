@@ -24,7 +24,7 @@ from benchmarks.results import FOLDER, conditions
 from benchmarks.results import write_results as write_table
 from ottfx.dense_run import keep_logits
 from ottfx.eval_command import load_model, run_evaluation
-from ottfx.evaluate import default_text
+from ottfx.evaluation import default_text
 from ottfx.metrics import bootstrap_interval, kl_divergence
 from ottfx.results import Variant
 from ottfx.teacher_forcing import reference_log_probs

@@ -25,7 +25,7 @@ from benchmarks.results import FOLDER, as_text, conditions, write_results
 from ottfx.cache_fidelity import attention_output, attention_weights
 from ottfx.dense_run import AskedLayer, run_dense
 from ottfx.eval_command import load_model
-from ottfx.evaluate import default_text
+from ottfx.evaluation import default_text
 from ottfx.metrics import kl_divergence
 from ottfx.registry import get_scheme, make_config
 from ottfx.schemes.base import PAGE

@@ -34,7 +34,7 @@ from benchmarks.scheme_patches import (
     seats_at_the_beginning,
     token_norms,
 )
-from ottfx import effective_bits, evaluate
+from ottfx import effective_bits, evaluation
 from ottfx.eval_command import default_variants, run_evaluation
 from ottfx.metrics import bootstrap_interval
 from ottfx.results import Result, Variant, write_results
@@ -154,13 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = [*default_variants(["ott+"], ["2"], OPTIONS[options.model]), *(idea.variant() for idea in IDEAS)]
     chosen = [PLAIN, *(f"{PLAIN}{mark}{name}" for name in options.only or names for mark in (" ", ", "))]
     variants = [variant for variant in every if variant.label in chosen]
-    measure = evaluate._measure
+    measure = evaluation._measure
 
     def measured(model: torch.nn.Module, ids: Tensor, variant: Variant, *rest: Any) -> Result:
         with ideas[variant.label].applied() if variant.label in ideas else nullcontext():
             return measure(model, ids, variant, *rest)
 
-    with patch.object(evaluate, "_measure", measured):
+    with patch.object(evaluation, "_measure", measured):
         results = run_evaluation(
             variants,
             options.model,

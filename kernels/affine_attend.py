@@ -99,8 +99,6 @@ def attend(
     page_seats = 0 if seat_row is None else seat_row.shape[3]
     additive = mask is not None and mask.is_floating_point()
     decodes = query.dtype in HALVES and value_scale.shape[3] == 1 and at_most(rows, MOST_ROWS) and not additive
-    # It reads seats as it does a window in 8 bits.
-    decodes = decodes and (page_seats == 0 or key_residual.dtype == torch.int8)
     # The value of one new token need not be rotated: it joins what was rotated back.
     new_apart = rotate_values and decodes and at_most(q_len, 1)
     if rotate_values and not new_apart:
@@ -162,6 +160,7 @@ def attend(
             ring_rows=arguments["CAPACITY"],
             pages=arguments["pages"],
             page_seats=page_seats,
+            coded_window=key_residual.dtype == torch.int8,
             rotated=rotate_values,
         )
         arguments |= {
@@ -171,6 +170,7 @@ def attend(
             "COLUMNS": plan.columns,
             "TILE": TILE,
             "BLOCK_D": plan.block_d,
+            "seat_parts": plan.seat_parts,
             "window_parts": plan.window_parts,
             "NEW_APART": new_apart,
             # With a pool both halves are packed by whole groups (docs/storage.md).
@@ -178,15 +178,15 @@ def attend(
             "K_WIDTH": K_WIDTH,
         }
         kernel, num_warps, max_registers = _decode_kernel, 1, plan.max_registers
-        splits, most_splits, row_blocks = plan.splits, plan.most_splits, plan.row_blocks
-        extra, most_extra = plan.window_parts, plan.most_window_parts
+        splits, extra, most_written = plan.splits, plan.seat_parts + plan.window_parts, plan.most_parts
+        row_blocks = plan.row_blocks
     else:
         exact = query.dtype == torch.float32
         block_m, block_n, num_warps = tile_sizes(rows, head_dim, (key_bits, value_bits), exact)
         row_blocks = -(-rows // block_m)
         # Enough programs to fill a GPU at batch 1; a long chunk has them in its row blocks already.
         most_splits = min(max(256 // num_kv_heads, 4), 32)
-        splits, extra, most_extra = torch.sym_max(1, most_splits // row_blocks), 1, 1
+        splits, extra, most_written = torch.sym_max(1, most_splits // row_blocks), 1, most_splits + 1
         arguments |= {
             "VALUE_GROUPS": value_scale.shape[3],
             "MASK": 0 if mask is None else 2 if additive else 1,
@@ -198,7 +198,7 @@ def attend(
         }
         kernel, max_registers = _attend_kernel, None
     # What the programs leave, and the new token's weight.
-    parts, most_parts = splits + extra + int(new_apart), most_splits + most_extra + int(new_apart)
+    parts, most_parts = splits + extra + int(new_apart), most_written + int(new_apart)
     all_rows = batch_size * num_kv_heads * rows
     partial = torch.empty((all_rows, parts, head_dim), dtype=torch.float32, device=query.device)
     log_sum = torch.empty((all_rows, parts), dtype=torch.float32, device=query.device)

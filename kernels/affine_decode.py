@@ -1,14 +1,15 @@
 """Kernel of attention for a few query rows over paged affine storage (docs/storage.md).
 
-Programs `0 .. splits - 1` of a (sequence, kv head) share the packed tokens, the `window_parts` behind them what is in
-full precision or 8 bits; each leaves a part for `ottfx/kernels/affine_combine.py`. With NEW_APART the one new token is
+Programs `0 .. splits - 1` of a (sequence, kv head) share the packed tokens, the `window_parts` last what is in full
+precision or 8 bits; between them `seat_parts` share the seats of groups, unless the window is in 8 bits as well. Each
+leaves a part for `ottfx/kernels/affine_combine.py`. With NEW_APART the one new token is
 a part of its own, of which the last of them leaves the weight: its value is not rotated as the others are.
 """
 
 import triton
 import triton.language as tl
 
-from ottfx.kernels.decode_coded import attend_coded_rows
+from ottfx.kernels.decode_coded_window import attend_coded_rows, attend_seats
 from ottfx.kernels.decode_packed import attend_packed
 from ottfx.kernels.decode_single import attend_window_once
 from ottfx.kernels.decode_tile import query_channels
@@ -19,7 +20,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(
     do_not_specialize=[
-        "site", "q_len", "pages", "splits", "window_parts",
+        "site", "q_len", "pages", "splits", "seat_parts", "window_parts",
         "stride_mask_batch", "stride_mask_head", "stride_mask_query",
     ]
 )  # fmt: skip
@@ -32,7 +33,7 @@ def _decode_kernel(
     log_sum_ptr, stride_query_batch, stride_query_head, stride_query_token,
     stride_key_batch, stride_key_head, stride_key_token, stride_value_batch, stride_value_head, stride_value_token,
     stride_mask_batch, stride_mask_head, stride_mask_query, stride_mask_token,
-    site, q_len, pages, splits, window_parts, softmax_scale,
+    site, q_len, pages, splits, seat_parts, window_parts, softmax_scale,
     NUM_KV_HEADS: tl.constexpr, QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, CAPACITY: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr,
     POOL_ROWS: tl.constexpr, PAGE_SEATS: tl.constexpr, MASK: tl.constexpr, ONE_MASK: tl.constexpr,
@@ -41,7 +42,7 @@ def _decode_kernel(
 ):  # fmt: skip
     # Inductor passes a Python float as fp64, and an integer without a known bound as int64.
     q_len, pages, splits = tl.cast(q_len, tl.int32), tl.cast(pages, tl.int32), tl.cast(splits, tl.int32)
-    window_parts = tl.cast(window_parts, tl.int32)
+    seat_parts, window_parts = tl.cast(seat_parts, tl.int32), tl.cast(window_parts, tl.int32)
     score_factor = tl.cast(softmax_scale, tl.float32) * LOG2_E
     pair = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -60,7 +61,7 @@ def _decode_kernel(
         column = column * 0
     else:
         live_columns = column < rows
-    slot = (pair * rows + column) * (splits + window_parts + NEW_APART) + split
+    slot = (pair * rows + column) * (splits + seat_parts + window_parts + NEW_APART) + split
     query_token = (column // QUERIES_PER_KV).to(tl.int64)
     query_head = head * QUERIES_PER_KV + column % QUERIES_PER_KV
     query_offset = batch * stride_query_batch + query_head * stride_query_head + query_token * stride_query_token
@@ -96,10 +97,20 @@ def _decode_kernel(
             QUERIES_PER_KV, HEAD_DIM, CAPACITY, POOL_ROWS, PAGE_SEATS, MASK, ONE_MASK, SINGLE, COLUMNS, BLOCK_D,
             NEW_APART, K_WIDTH,
         )  # fmt: skip
+    elif PAGE_SEATS > 0 and split < splits + seat_parts:
+        attend_seats(
+            pair, batch, head, split - splits, seat_parts, packed, pages, query_ptr, mask_ptr, score_factor, rows, slot,
+            live_columns, mask_offset,
+            seat_key_ptr, seat_key_scale_ptr, seat_row_ptr, seat_value_ptr, seat_value_scale_ptr,
+            partial_ptr, log_sum_ptr,
+            stride_query_batch, stride_query_head, stride_query_token, stride_mask_token,
+            QUERIES_PER_KV, HEAD_DIM, PAGE_SEATS, MASK, ONE_MASK, SINGLE, COLUMNS, BLOCK_D, K_WIDTH,
+        )  # fmt: skip
     elif SINGLE:
         attend_window_once(
-            pair, batch, head, split - splits, window_parts, past, packed, q_len, query_ptr, query_offset, key_ptr,
-            value_ptr, mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+            pair, batch, head, split - splits - seat_parts, window_parts, past, packed, q_len, query_ptr, query_offset,
+            key_ptr, value_ptr, mask_ptr, score_factor, slot, live_columns, mask_offset,
+            key_residual_ptr, value_residual_ptr,
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,
@@ -107,8 +118,9 @@ def _decode_kernel(
         )  # fmt: skip
     else:
         attend_window(
-            pair, batch, head, split - splits, window_parts, past, packed, q_len, query_ptr, query_offset, key_ptr,
-            value_ptr, mask_ptr, score_factor, slot, live_columns, mask_offset, key_residual_ptr, value_residual_ptr,
+            pair, batch, head, split - splits - seat_parts, window_parts, past, packed, q_len, query_ptr, query_offset,
+            key_ptr, value_ptr, mask_ptr, score_factor, slot, live_columns, mask_offset,
+            key_residual_ptr, value_residual_ptr,
             outlier_key_ptr, outlier_position_ptr, outlier_value_ptr, partial_ptr, log_sum_ptr,
             stride_key_batch, stride_key_head, stride_key_token,
             stride_value_batch, stride_value_head, stride_value_token, stride_mask_token,

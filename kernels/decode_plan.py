@@ -46,12 +46,12 @@ class DecodePlan:
     row_blocks: Any
     splits: Any
     """Programs that share the packed tokens of one (sequence, kv head)."""
-    most_splits: int
-    """An upper bound of `splits` that is no symbol."""
+    seat_parts: Any
+    """Programs that share its seats, where those are read apart."""
     window_parts: Any
-    """Programs that share its window, and its seats if those are many."""
-    most_window_parts: int
-    """An upper bound of `window_parts` that is no symbol."""
+    """Programs that share its window, and its seats otherwise."""
+    most_parts: int
+    """An upper bound of all these that is no symbol."""
     max_registers: int | None
 
 
@@ -66,6 +66,7 @@ def decode_plan(
     ring_rows: int,
     pages: Any,
     page_seats: int = 0,
+    coded_window: bool = False,
     rotated: bool = False,
 ) -> DecodePlan:
     """Choose the sizes for a shape.
@@ -80,6 +81,7 @@ def decode_plan(
         ring_rows: tokens of the full-precision window.
         pages: capacity of the cache.
         page_seats: seats of groups in a page.
+        coded_window: whether the window is in 8 bits, as seats are, so that both are read in one way.
         rotated: whether the combination of the parts rotates values back.
     """
     single = at_most(rows, 1)
@@ -96,15 +98,17 @@ def decode_plan(
         most_splits = max(slots // num_kv_heads, 1)
     parts = window_parts(programs, ring_rows, slots)
     most_parts = parts if isinstance(parts, int) else window_parts(1, ring_rows, slots)
+    shares, most_shares = (n * page_seats // SEATS_OF_A_SHARE for n in (splits, most_splits))
+    apart = page_seats > 0 and not coded_window
     return DecodePlan(
         single=single,
         columns=columns,
         block_d=max(next_power_of_2(head_dim), 64),
         row_blocks=row_blocks,
         splits=splits,
-        most_splits=most_splits,
-        window_parts=parts + splits * page_seats // SEATS_OF_A_SHARE,
-        most_window_parts=most_parts + most_splits * page_seats // SEATS_OF_A_SHARE,
+        seat_parts=1 + shares if apart else 0,
+        window_parts=parts if apart else parts + shares,
+        most_parts=most_splits + most_parts + most_shares + int(apart),
         max_registers=LEAN_REGISTERS if lean else None,
     )
 

@@ -22,22 +22,24 @@ if _TYPE_CHECKING:
     from ottfx.artifacts.export_model import export
     from ottfx.artifacts.program import Program, load
     from ottfx.artifacts.program_cache import ProgramCache
+    from ottfx.evaluation import evaluate
 
 # What takes a second to import, and few processes need.
 _LAZY = {
-    "Program": "program",
-    "ProgramCache": "program_cache",
-    "export": "export_model",
-    "load": "program",
-    "load_cache": "cache_file",
-    "save_cache": "cache_file",
+    "Program": "artifacts.program",
+    "ProgramCache": "artifacts.program_cache",
+    "evaluate": "evaluation",
+    "export": "artifacts.export_model",
+    "load": "artifacts.program",
+    "load_cache": "artifacts.cache_file",
+    "save_cache": "artifacts.cache_file",
 }
 
 
 def __getattr__(name: str) -> _Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'ottfx' has no attribute {name!r}")
-    return getattr(_importlib.import_module(f"ottfx.artifacts.{_LAZY[name]}"), name)
+    return getattr(_importlib.import_module(f"ottfx.{_LAZY[name]}"), name)
 
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Scheme",
     "SchemeConfig",
     "compile",
+    "evaluate",
     "explain",
     "export",
     "load",

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from ottfx.artifacts.commands import register as register_artifact_commands
 from ottfx.command_output import errors_in_red, progress_bar, quiet_transformers, size_text
+from ottfx.eval_command import register as register_evaluation
 from ottfx.schemes import DEFAULT_SCHEME
 from ottfx.versions import installed_version
 
@@ -141,14 +141,7 @@ def _speed(tokens_per_second: float) -> str:
     return f"{tokens_per_second:.1f} tokens/s"
 
 
-def _register_evaluation() -> None:
-    if importlib.util.find_spec("ottfx.evaluate") is not None:
-        from ottfx.evaluate import register
-
-        register(app)
-
-
-_register_evaluation()
+register_evaluation(app)
 register_artifact_commands(app)
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def run_evaluation(
         out: where the results go, as for `write_results`; written anew after each variant.
         tasks: names of tasks that are asked as well, see `ottfx.retrieval`.
         samples: samples of each task.
-        sqnr: as for `ottfx.evaluate.evaluate`.
+        sqnr: as for `ottfx.evaluate`.
         fresh: replace what `out` holds. Otherwise it is continued, if it is or has a JSON file.
 
     Returns:
@@ -206,12 +206,12 @@ def run_evaluation(
     Raises:
         ArtifactError: `out` holds something else.
         ConfigError: `out` holds results of other conditions, or has an unknown suffix; or as `load_model`,
-            `ottfx.retrieval.make_samples` and `ottfx.evaluate.evaluate`.
+            `ottfx.retrieval.make_samples` and `ottfx.evaluate`.
     """
     from rich import progress as bars
 
     from ottfx.earlier_results import read_results
-    from ottfx.evaluate import default_text, evaluate
+    from ottfx.evaluation import default_text, evaluate
     from ottfx.models import TITLES
     from ottfx.results import checked_path, write_results
     from ottfx.retrieval import make_samples

@@ -31,6 +31,11 @@ class Variant:
     options: Mapping[str, Any]
     """Keyword arguments of `ottfx.compile`."""
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Variant:
+        """Return the variant of these options, named after them."""
+        return cls(label=" ".join(f"{name}={value}" for name, value in options.items()) or "default", options=options)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:

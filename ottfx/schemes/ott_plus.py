@@ -21,6 +21,9 @@ from ottfx.window_rows import present
 SWITCHES = ("mixed_keys", "range_search", "rotate_values", "symmetric_values", "quantized_residual")
 """The options that are parts of the scheme, each on or off."""
 
+FINE_BITS = 8
+"""Bits of a key code and a value code together from which on the window is not rounded to 8 bits."""
+
 MOST_SEATS = 16
 """Seats of a group at the most."""
 
@@ -45,8 +48,9 @@ class OTTPlusConfig(OTTConfig):
     """Whether values are stored after a Hadamard transform; then all channels of a token share one scale."""
     symmetric_values: bool = True
     """Whether grids of values are around 0 and have no zero point."""
-    quantized_residual: bool = True
-    """Whether the newest tokens are kept in 8 bits, with one scale a token, rather than in full precision."""
+    quantized_residual: bool | None = None
+    """Whether the newest tokens are kept in 8 bits, with one scale a token, rather than in full precision. None: where
+    codes have fewer than 4 bits on average, as wider ones leave an error smaller than that of 8 bits a token."""
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -59,12 +63,19 @@ class OTTPlusConfig(OTTConfig):
         both = self.group_seats > 0 and self.outlier_capacity > 0
         self.require("group_seats", not both, f"0 beside a pool (outlier_capacity={self.outlier_capacity})")
         for name in SWITCHES:
-            self.require(name, isinstance(getattr(self, name), bool), "True or False")
+            value = getattr(self, name)
+            if name != "quantized_residual" or value is not None:
+                self.require(name, isinstance(value, bool), "True or False")
 
     @property
     def mixes_keys(self) -> bool:
         """Whether key codes are of mixed widths: switched on, and of 2 bits on average."""
         return self.mixed_keys and self.widths()[0] == AVERAGE_BITS
+
+    @property
+    def codes_window(self) -> bool:
+        """Whether the window is in 8 bits."""
+        return sum(self.widths()) < FINE_BITS if self.quantized_residual is None else self.quantized_residual
 
     def value_channels(self, head_dim: int) -> int:
         """Return how many channels of a value token share one scale: all of them if they are rotated."""
@@ -74,7 +85,7 @@ class OTTPlusConfig(OTTConfig):
 
     def describe(self) -> str:
         """One line, such as `ott+ 2-bit, group 128, residual 32, seats 1`, and what is switched off."""
-        off = [name for name in SWITCHES if not getattr(self, name)]
+        off = [name for name in SWITCHES if getattr(self, name) is False]
         return ", without ".join([super().describe(), *off])
 
     def describe_apart(self) -> str:
@@ -206,9 +217,9 @@ class OTTPlus(OTT):
             none = (shape.batch_size, shape.num_kv_heads, shape.pages, 0, spec["value_scale"].shape[-1])
             spec["value_zero_point"] = TensorSpec(shape=none, dtype=torch.float16, part="scales", paged_dim=2)
         window = spec[f"{role}_residual"]
-        if config.quantized_residual:
+        if config.codes_window:
             spec[f"{role}_residual"] = dataclasses.replace(window, dtype=torch.int8)
-        scales = (*window.shape[:2], window.shape[2] if config.quantized_residual else 0)
+        scales = (*window.shape[:2], window.shape[2] if config.codes_window else 0)
         spec[f"{role}_residual_scale"] = TensorSpec(shape=scales, dtype=torch.float16, part="residual")
         return spec
 

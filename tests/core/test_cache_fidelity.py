@@ -15,7 +15,7 @@ from ottfx.cache_fidelity import PARTS, Fidelity, attention_output, attention_we
 from ottfx.dense_run import QUERIES, run_dense
 from ottfx.earlier_results import read_results
 from ottfx.errors import MatchError
-from ottfx.evaluate import evaluate
+from ottfx.evaluation import evaluate
 from ottfx.results import Variant, json_text, markdown_table, write_results
 
 TOKENS = 160

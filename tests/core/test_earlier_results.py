@@ -15,7 +15,7 @@ import ottfx.models
 from ottfx.cli import app
 from ottfx.earlier_results import check_same_conditions, find_finished, read_results
 from ottfx.errors import ArtifactError, ConfigError
-from ottfx.evaluate import evaluate
+from ottfx.evaluation import evaluate
 from ottfx.results import Variant, write_results
 from ottfx.retrieval import Score
 

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 
 from benchmarks import layer_budget
 from benchmarks.layer_budget import budgets, kl_in_chunks, layer_gains
-from ottfx import evaluate
+from ottfx import evaluation
 from ottfx.results import Variant, write_results
 from ottfx.teacher_forcing import reference_log_probs
 
@@ -27,7 +27,7 @@ def test_kl_in_chunks_is_about_that_of_one_token_at_a_time(world):
     model, ids, reference = world
     kl = kl_in_chunks(model, ids, reference, {1: 4})
     variant = Variant(label="", options={"scheme": "ott+", "bits": 2, "layer_bits": {1: 4}, "lower": "eager"})
-    (result,) = evaluate.evaluate(model, ids, [variant], num_tokens=TOKENS, start=START)
+    (result,) = evaluation.evaluate(model, ids, [variant], num_tokens=TOKENS, start=START)
     assert kl.shape == (TOKENS - START,)
     assert kl.mean().item() == pytest.approx(result.mean_kl, rel=0.3)
 

@@ -110,7 +110,7 @@ def test_command_writes_what_it_measured(dense_compile, monkeypatch, tmp_path):
     import typer
 
     import ottfx.models
-    from ottfx.evaluate import register
+    from ottfx.eval_command import register
 
     def load(dtype, notify):
         notify("loading")

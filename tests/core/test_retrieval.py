@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from ottfx.errors import ConfigError
 from ottfx.eval_command import task_names
-from ottfx.evaluate import default_text, evaluate
+from ottfx.evaluation import default_text, evaluate
 from ottfx.results import Variant, csv_table, markdown_table
 from ottfx.retrieval import LINES, SOLVED_LINES, TASKS, Sample, Score, make_samples, score_samples
 

@@ -4,7 +4,7 @@ import torch
 
 from ottfx.cache_fidelity import attention_output, sqnr_db
 from ottfx.dense_run import run_dense
-from ottfx.evaluate import default_text
+from ottfx.evaluation import default_text
 from ottfx.models import TITLES, load_known
 from ottfx.reference import dequantize_affine, quantize_affine
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ottfx.errors import ArtifactError
-from ottfx.evaluate import default_text, evaluate
+from ottfx.evaluation import default_text, evaluate
 from ottfx.models import load_known
 from ottfx.results import Variant
 from ottfx.teacher_forcing import reference_log_probs

@@ -41,6 +41,13 @@ SMALL += [
     (Case(**PLUS, value_bits=4, value_group_size=16, head_dim=48, dtype=HALF), (90,), 1, "float"),
     (Case(symmetric=True, key_bits=4, value_bits=3, dtype=HALF), (90,), 1, "none"),
 ]
+# A window in full precision beside seats in 8 bits, which have programs of their own.
+EXACT = dict(range_search=True, symmetric=True, rotated=True, spill=3, key_bits=4, value_bits=4)
+SMALL += [
+    (Case(**EXACT, seats=1, head_dim=64, group_size=128, pages=6, dtype=HALF), (600,), 1, "none"),
+    (Case(**EXACT, seats=3, batch=2, heads=4, kv_heads=2, head_dim=80, dtype=HALF), (40, 250), 2, "heads"),
+    (Case(**EXACT, seats=2, batch=2, heads=4, kv_heads=2, head_dim=64, group_size=64, dtype=HALF), (30,), 1, "bool"),
+]
 LARGE = [
     (
         Case(batch=3, heads=32, kv_heads=8, head_dim=128, group_size=128, pages=40, dtype=dtype),
@@ -66,6 +73,14 @@ LARGE = [
     for seats in (0, 2)
     for head_dim, group_size, dtype in ((128, 128, BFLOAT), (64, 128, HALF), (256, 64, BFLOAT), (96, 32, HALF))
     for heads, n, kind in ((4, 1, "none"), (16, 1, "bool"), (8, 4, "causal"), (4, 200, "causal"))
+] + [
+    (
+        Case(**EXACT, seats=1, batch=3, heads=heads, kv_heads=4, head_dim=head_dim, group_size=128, pages=40,
+             dtype=BFLOAT),
+        (2000, 1, 1500, 95), n, kind,
+    )
+    for head_dim in (128, 64, 256, 96)
+    for heads, n, kind in ((4, 1, "none"), (16, 1, "bool"), (8, 4, "causal"))
 ]  # fmt: skip
 
 

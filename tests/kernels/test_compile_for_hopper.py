@@ -138,7 +138,7 @@ def loop_instructions(compiled, folder):
 def decode_constants(head_dim, bits, group_size, rows, mask, plus=False):
     plan = decode_plan(
         pairs=64, num_kv_heads=8, rows=rows, head_dim=head_dim, bits=bits, group_size=group_size, ring_rows=160,
-        pages=64, page_seats=2 * plus,
+        pages=64, page_seats=2 * plus, coded_window=plus,
     )  # fmt: skip
     constants = {
         "NUM_KV_HEADS": 8, "QUERIES_PER_KV": rows, "HEAD_DIM": head_dim, "CAPACITY": 160, "KEY_BITS": bits[0],
@@ -274,6 +274,15 @@ def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, 
 def test_decode_compiles(head_dim, bits, group_size, rows):
     constants, _ = decode_constants(head_dim, bits, group_size, rows, False)
     assert compile_kernel(_decode_kernel, constants, "bf16", 1).asm["cubin"]
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_decode_reads_seats_beside_a_window_in_full_precision(rows, tmp_path):
+    constants, _ = decode_constants(128, (4, 4), 128, rows, False, plus=True)
+    compiled = compile_kernel(_decode_kernel, constants | {"MIXED": False}, "bf16", 1, coded_window=False)
+    # Of all three kinds of programs one has a number or two on the stack.
+    instructions = loop_instructions(compiled, tmp_path)
+    assert instructions.count("LDL") <= 4 and "STL" not in instructions
 
 
 @pytest.mark.slow

@@ -181,6 +181,23 @@ def test_rows_of_zeros_and_of_what_is_not_finite():
     torch.testing.assert_close(decoded[2, 1:], torch.ones(15), atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options, coded",
+    [
+        ({"bits": 2}, True), ({"bits": 3}, True), ({"key_bits": 3, "value_bits": 4}, True), ({"bits": 4}, False),
+        ({"key_bits": 8, "value_bits": 2}, False), ({"bits": 4, "quantized_residual": True}, True),
+        ({"bits": 2, "quantized_residual": False}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_window_is_in_8_bits_where_codes_are_coarser(options, coded):
+    state = Store(plus(**options), 1, 1, 32, 50).state
+    for role in ROLES:
+        assert (state[role][f"{role}_residual"].dtype == torch.int8) is coded
+        assert (state[role][f"{role}_residual_scale"].numel() > 0) is coded
+    assert "without" not in plus(bits=4).describe()
+
+
 @pytest.mark.parametrize("sizes", [[100], [90, 1, 9], [1, 31, 33, 35]])
 def test_the_newest_tokens_are_read_from_8_bits(sizes):
     key, value = (random_tokens(2, 2, 100, 64) for _ in range(2))

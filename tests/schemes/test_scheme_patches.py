@@ -20,7 +20,7 @@ from benchmarks.scheme_patches import (
     token_norms,
 )
 from ottfx import affine_cache, effective_bits, grid_search
-from ottfx.evaluate import evaluate
+from ottfx.evaluation import evaluate
 from ottfx.group_seats import seat_positions
 from ottfx.models import load_known
 from ottfx.registry import make_config

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 import ottfx
 from ottfx.errors import ConfigError
-from ottfx.evaluate import default_text, evaluate
+from ottfx.evaluation import default_text, evaluate
 from ottfx.results import Variant
 from ottfx.teacher_forcing import decode_metrics, reference_log_probs
 
@@ -157,6 +157,13 @@ def test_a_run_that_breaks_off_has_reported_what_it_measured(dense_compile, monk
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(tiny_model("llama"), random_tokens(1, 80), variants, num_tokens=48, start=32, on_result=done.append)
     assert [r.label for r in done] == ["a"]
+
+
+def test_options_alone_are_a_variant(dense_compile):
+    options = [{"scheme": "none"}, {"scheme": "kivi", "bits": 2}, {}]
+    results = ottfx.evaluate(tiny_model("llama"), random_tokens(1, 80), options, num_tokens=48, start=32)
+    assert dense_compile == options
+    assert [result.label for result in results] == ["scheme=none", "scheme=kivi bits=2", "default"]
 
 
 def test_evaluate_tokenizes_text(dense_compile):

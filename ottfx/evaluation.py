@@ -20,7 +20,6 @@ from ottfx.dense_run import AskedLayer, keep_logits, run_dense
 from ottfx.earlier_results import check_same_conditions, find_finished
 from ottfx.effective_bits import bits_at_length, cache_bits, quantized_layers
 from ottfx.errors import ConfigError
-from ottfx.eval_command import register as register
 from ottfx.metrics import bootstrap_interval
 from ottfx.results import Conditions, Result, Variant, options_in_json
 from ottfx.retrieval import Sample, score_samples
@@ -41,7 +40,7 @@ def default_text() -> str:
 def evaluate(
     model: torch.nn.Module,
     tokenizer_or_ids: Any,
-    variants: Iterable[Variant],
+    variants: Iterable[Variant | Mapping[str, Any]],
     *,
     text: str | None = None,
     num_tokens: int = 2048,
@@ -66,7 +65,8 @@ def evaluate(
     Args:
         model: a transformers causal language model, on its device, in its dtype.
         tokenizer_or_ids: its tokenizer, or token ids, int64 [tokens] or [1, tokens]; then `text` is not read.
-        variants: what to measure, in this order.
+        variants: what to measure, in this order: `Variant`, or the options of `ottfx.compile` alone, such as
+            `{"scheme": "kivi", "bits": 2}`, whose label is then what they say.
         text: the text to read; `default_text()` if None.
         num_tokens: tokens of it that are read.
         start: first scored position (position p predicts token p + 1).
@@ -94,10 +94,10 @@ def evaluate(
             "ottfx.evaluate: expected 1 <= prefill <= start < num_tokens. "
             f"Got prefill={prefill!r}, start={start!r}, num_tokens={num_tokens!r}."
         )
-    variants = list(variants)
-    if len({variant.label for variant in variants}) < len(variants):
+    chosen = [one if isinstance(one, Variant) else Variant.of(one) for one in variants]
+    if len({variant.label for variant in chosen}) < len(chosen):
         raise ConfigError(
-            f"ottfx.evaluate: labels of variants must differ. Got {[variant.label for variant in variants]!r}."
+            f"ottfx.evaluate: labels of variants must differ. Got {[variant.label for variant in chosen]!r}."
         )
     given = isinstance(tokenizer_or_ids, (Tensor, Sequence))
     text = "" if given else (default_text() if text is None else text)
@@ -133,7 +133,7 @@ def evaluate(
     reference: Tensor | None = None
     dense: list[AskedLayer] | None = None
     results: list[Result] = []
-    for variant in variants:
+    for variant in chosen:
         result = find_finished(earlier, variant, tasks or {}, sqnr)
         if result is None:
             if reference is None:
