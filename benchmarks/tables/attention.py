@@ -60,17 +60,18 @@ def widths(rows: Sequence[Row]) -> str:
 
 
 def schemes(rows: Sequence[Row]) -> str:
-    """The complete op of `ott` and of `ott+`."""
+    """The complete op of `ott` and of `ott+`, at each width that both were measured at."""
     cells = []
     for group in groups([row for row in rows if row["query"] == "q1"], "shape", "workload"):
         whats = _by_what(group)
-        plain, plus = (whats.get(f"{BASELINE}-{part}") for part in ("complete", "plus"))
-        if plain is None or plus is None:
-            continue
-        ratio = float(plus["us"]) / float(plain["us"])
-        times = [number(row["us"], "{:.1f}") for row in (plain, plus)]
-        cells.append([heads(plain), size(plain["workload"]), *times, f"{ratio - 1:+.1%}"])
-    return table(["heads x channels", "batch x length", "`ott`, us", "`ott+`, us", "difference"], cells)
+        for bits in (2, 3, 4):
+            plain, plus = (whats.get(f"{bits}b-g128-{part}") for part in ("complete", "plus"))
+            if plain is None or plus is None:
+                continue
+            ratio = float(plus["us"]) / float(plain["us"])
+            times = [number(row["us"], "{:.1f}") for row in (plain, plus)]
+            cells.append([heads(plain), size(plain["workload"]), f"{bits}-bit", *times, f"{ratio - 1:+.1%}"])
+    return table(["heads x channels", "batch x length", "codes", "`ott`, us", "`ott+`, us", "difference"], cells)
 
 
 def queries(rows: Sequence[Row]) -> str:

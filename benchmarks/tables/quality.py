@@ -9,6 +9,9 @@ from benchmarks.tables.markdown import Row, count, groups, number, table
 OPTIONAL = {"bits_8k": "bits at 8k tokens", "kl_p99": "KL, 99 % of positions below", "lines": "lines found"}
 """Columns that older results files lack -> their heading."""
 
+SMALL = 0.1
+"""Values of KL below this have a digit more."""
+
 
 def variants(rows: Sequence[Row]) -> str:
     """Quality of variants on one text."""
@@ -71,7 +74,7 @@ def _optional(row: Row, column: str) -> str:
 
 
 def _nat(text: str) -> str:
-    cell = number(text, "{:.3f}")
+    cell = number(text, "{:.4f}" if text and abs(float(text)) < SMALL else "{:.3f}")
     # What rounding leaves of a difference may be a negative zero.
     return cell if not cell or float(cell) else cell.lstrip("-")
 
