@@ -44,7 +44,8 @@ KIVI = {"group_size": 32, "key_window": 0, "key_step": RING, "value_window": RIN
 class Trace:
     """Both launchers as one graph over fake CUDA tensors; the batch is symbolic, the number of pages unbacked."""
 
-    def __init__(self, options, q_len=None):
+    def __init__(self, options, q_len=None, coded_window=True):
+        self.coded_window = coded_window
         self.shapes = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self.shapes, allow_non_fake_inputs=True)
         self.options = options
@@ -95,7 +96,7 @@ class Trace:
         if self.options in (OTT_PLUS, SEATED):
             state["value_zero_point"] = None
             state["key_order"] = self.empty(KV_HEADS, HEAD_DIM, dtype=torch.int16)
-            for role in ("key", "value"):
+            for role in ("key", "value") if self.coded_window else ():
                 state[f"{role}_residual"] = self.empty(KV_HEADS, RING, HEAD_DIM, dtype=torch.int8)
                 state[f"{role}_residual_scale"] = self.empty(KV_HEADS, RING)
         return state
@@ -196,6 +197,19 @@ def test_large_batches_read_the_window_in_one_program_each():
     (symbol,) = expression.free_symbols
     assert pairs.node.expr.free_symbols == {symbol}
     assert {batch: int(expression.subs(symbol, batch)) for batch in expected} == expected
+
+
+def test_seats_beside_a_window_in_full_precision_have_programs_of_their_own():
+    trace = Trace(SEATED, 1, coded_window=False)
+    assert len(trace.launches()) == 4 and trace.shapes.guards == []
+    sizes = trace.launches()[0].kwargs["kwargs"]
+    for name, expected in (
+        ("seat_parts", {1: 1 + 198 * 2 // 24, 5: 1 + 39 * 2 // 24, 96: 1 + 2 * 2 // 24, 4000: 1}),
+        ("window_parts", {1: 3, 5: 3, 96: 2, 4000: 1}),
+    ):
+        expression = sizes[name].meta["val"].node.expr
+        (symbol,) = expression.free_symbols
+        assert {batch: int(expression.subs(symbol, batch)) for batch in expected} == expected
 
 
 def test_kernels_mutate_what_the_operators_declare():
