@@ -75,7 +75,10 @@ class OTTPlusConfig(OTTConfig):
     @property
     def codes_window(self) -> bool:
         """Whether the window is in 8 bits."""
-        return sum(self.widths()) < FINE_BITS if self.quantized_residual is None else self.quantized_residual
+        return self._coarse() if self.quantized_residual is None else self.quantized_residual
+
+    def _coarse(self) -> bool:
+        return sum(self.widths()) < FINE_BITS
 
     def value_channels(self, head_dim: int) -> int:
         """Return how many channels of a value token share one scale: all of them if they are rotated."""
@@ -85,8 +88,11 @@ class OTTPlusConfig(OTTConfig):
 
     def describe(self) -> str:
         """One line, such as `ott+ 2-bit, group 128, residual 32, seats 1`, and what is switched off."""
-        off = [name for name in SWITCHES if getattr(self, name) is False]
-        return ", without ".join([super().describe(), *off])
+        unlike_default = self.codes_window != self._coarse()
+        off = [name for name in SWITCHES[:-1] if not getattr(self, name)]
+        off += ["quantized_residual"] * (unlike_default and not self.codes_window)
+        line = ", without ".join([super().describe(), *off])
+        return f"{line}, window in 8 bits" if unlike_default and self.codes_window else line
 
     def describe_apart(self) -> str:
         """What is kept apart: `seats 2` of each group, or the pool."""

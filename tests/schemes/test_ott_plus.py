@@ -195,7 +195,9 @@ def test_the_window_is_in_8_bits_where_codes_are_coarser(options, coded):
     for role in ROLES:
         assert (state[role][f"{role}_residual"].dtype == torch.int8) is coded
         assert (state[role][f"{role}_residual_scale"].numel() > 0) is coded
-    assert "without" not in plus(bits=4).describe()
+    said = plus(**options).describe()
+    assert said.endswith(", without quantized_residual") is (options == {"bits": 2, "quantized_residual": False})
+    assert said.endswith(", window in 8 bits") is (options == {"bits": 4, "quantized_residual": True})
 
 
 @pytest.mark.parametrize("sizes", [[100], [90, 1, 9], [1, 31, 33, 35]])
