@@ -38,7 +38,7 @@ def run(module, tmp_path, *arguments):
 def test_attention(tmp_path):
     rows = run(attention, tmp_path, *only("*/2x256/q1/*"))
     assert [row["what"] for row in rows[:3]] == ["sdpa-math", "2b-g128-packed", "2b-g128-complete"]
-    assert len(rows) == 1 + 3 * 3 * 2 + 1
+    assert len(rows) == 1 + 3 * 3 * 2 + 2
     peer, packed, complete, plus = rows[:4]
     assert plus["what"] == "2b-g128-plus"
     # Its values have no zero point.
