@@ -138,8 +138,11 @@ def default_variants(
     return variants
 
 
+TRUTH = {"true": True, "false": False}
+
+
 def option_value(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value as Python writes it, or else as text.
+    """Read `name=value`, the value as Python writes it, `true` and `false` in any case, or else as text.
 
     Raises:
         ConfigError: there is no `=`.
@@ -147,6 +150,8 @@ def option_value(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"ottfx: an option is given as NAME=VALUE. Got {text!r}.")
+    if value.lower() in TRUTH:
+        return name, TRUTH[value.lower()]
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -23,6 +23,7 @@ from ottfx.errors import ConfigError
 from ottfx.metrics import bootstrap_interval
 from ottfx.results import Conditions, Result, Variant, options_in_json
 from ottfx.retrieval import Sample, score_samples
+from ottfx.settings import make_settings
 from ottfx.source_hash import source_hash
 from ottfx.teacher_forcing import decode_metrics, reference_log_probs
 from ottfx.versions import installed_version
@@ -84,8 +85,8 @@ def evaluate(
         One result for each variant.
 
     Raises:
-        ConfigError: the text, or the model's context, is too short; `start` or `prefill` is out of range; `earlier`
-            was measured under other conditions.
+        ConfigError: an option of a variant cannot work; the text, or the model's context, is too short; `start` or
+            `prefill` is out of range; `earlier` was measured under other conditions.
         MatchError: `sqnr`, and the model's attention is not `scaled_dot_product_attention`.
     """
     prefill = start if prefill is None else prefill
@@ -99,6 +100,9 @@ def evaluate(
         raise ConfigError(
             f"ottfx.evaluate: labels of variants must differ. Got {[variant.label for variant in chosen]!r}."
         )
+    for variant in chosen:
+        # Before hours are spent on those in front of it.
+        make_settings({k: v for k, v in variant.options.items() if k not in ("dynamic", "fullgraph")}, where="evaluate")
     given = isinstance(tokenizer_or_ids, (Tensor, Sequence))
     text = "" if given else (default_text() if text is None else text)
     ids = _token_ids(tokenizer_or_ids, text, num_tokens)

@@ -166,6 +166,13 @@ def test_options_alone_are_a_variant(dense_compile):
     assert [result.label for result in results] == ["scheme=none", "scheme=kivi bits=2", "default"]
 
 
+def test_no_variant_is_measured_if_one_cannot_work(dense_compile):
+    options = [{"scheme": "none"}, {"scheme": "ott+", "range_search": "no", "dynamic": False}]
+    with pytest.raises(ConfigError, match="range_search must be True or False"):
+        ottfx.evaluate(tiny_model("llama"), random_tokens(1, 80), options, num_tokens=48, start=32)
+    assert dense_compile == []
+
+
 def test_evaluate_tokenizes_text(dense_compile):
     def tokenizer(text, return_tensors):
         return SimpleNamespace(input_ids=torch.tensor([[ord(c) % VOCAB_SIZE for c in text]]))

@@ -100,6 +100,8 @@ def test_variants_with_other_options():
     assert both.options == {"scheme": "ott+", "bits": 2, "group_size": 64, "range_search": False}
     layers = default_variants(["ott+"], ["2"], ["layer_bits={0:3,29:(4,2)}"])[1]
     assert make_config(**layers.options).layer_bits == ((0, 3), (29, (4, 2)))
+    lower = default_variants(["ott+"], ["2"], ["range_search=false rotate_values=TRUE"])[1]
+    assert lower.options == {"scheme": "ott+", "bits": 2, "range_search": False, "rotate_values": True}
     assert default_variants(["ott"], ["2"], ["replacement=group"])[1].options["replacement"] == "group"
     for change, said in (("group_size", "NAME=VALUE"), ("unheard=3", "unheard")):
         with pytest.raises(ConfigError, match=said):
