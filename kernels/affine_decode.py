@@ -14,6 +14,7 @@ from ottfx.kernels.decode_packed import attend_packed
 from ottfx.kernels.decode_single import attend_window_once
 from ottfx.kernels.decode_tile import query_channels
 from ottfx.kernels.decode_window import attend_window
+from ottfx.kernels.packing import is_steep
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -50,6 +51,7 @@ def _decode_kernel(
     head = pair % NUM_KV_HEADS
     # Asked for first, as queries are found by it.
     key_channel = query_channels(key_order_ptr + pair * HEAD_DIM, MIXED, COLUMNS, HEAD_DIM, BLOCK_D)
+    steep = is_steep(key_order_ptr + pair * HEAD_DIM, MIXED)
     past = tl.load(lengths_ptr + site * 3).to(tl.int32)
     packed = tl.load(lengths_ptr + site * 3 + 2).to(tl.int32)
 
@@ -78,7 +80,7 @@ def _decode_kernel(
             attend_packed(
                 pair, head, first_tile, tl.minimum(first_tile + share, tiles), packed,
                 query_ptr + batch * stride_query_batch, mask_ptr, score_factor, rows, slot, live_columns, mask_offset,
-                key_channel, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
+                key_channel, steep, key_codes_ptr, key_scale_ptr, key_zero_point_ptr,
                 value_codes_ptr, value_scale_ptr, value_zero_point_ptr, partial_ptr, log_sum_ptr,
                 stride_query_head, stride_query_token, stride_mask_token, pages,
                 QUERIES_PER_KV, HEAD_DIM, KEY_BITS, VALUE_BITS, MIXED, SYMMETRIC, GROUP, MASK, ONE_MASK, SINGLE,

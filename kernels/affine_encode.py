@@ -18,6 +18,7 @@ from ottfx.kernels.packing import (
     code_bits,
     code_excess,
     group_constants,
+    is_steep,
     make_finite,
     mixed_position,
     pack_columns,
@@ -59,13 +60,13 @@ def _third_bit_plane(bits):
 
 
 @triton.jit
-def _store_mixed(page_ptr, steps, start, CHUNK: tl.constexpr):
+def _store_mixed(page_ptr, steps, steep, start, CHUNK: tl.constexpr):
     # Round steps float32 [PAGE, CHUNK] of the channels from `start` on, and write words of mixed widths. A half of a
     # word is the sum of codes times powers of two, which a product of the tensor cores gives exactly.
     COLUMNS: tl.constexpr = CHUNK // 8 if CHUNK > 64 else 8
     channel = tl.arange(0, CHUNK)
     column = tl.arange(0, COLUMNS)
-    position = mixed_position(channel % 16)
+    position = mixed_position(channel % 16, steep)
     of_column = (channel // 16 * 2 + position // 16)[:, None] == column[None, :]
     weight = tl.where(of_column, (1 << position % 16)[:, None], 0).to(tl.float16)
     halves = tl.dot((steps + ROUND_MAGIC - ROUND_MAGIC).to(tl.float16), weight).to(tl.int32)
@@ -110,6 +111,7 @@ def _encode_key_pages_kernel(
         new_ptr = key_ptr + pair // NUM_KV_HEADS * stride_key_batch + pair % NUM_KV_HEADS * stride_key_head
         new_ptr += first.to(tl.int64) * stride_key_token
         slot = pair * pages + page
+        steep = is_steep(order_ptr + pair * HEAD_DIM, MIXED)
         for start in tl.static_range(0, HEAD_DIM, CHUNK):
             channel = start + tl.arange(0, CHUNK)
             source = stored_channels(order_ptr + pair * HEAD_DIM, channel, MIXED)
@@ -132,7 +134,7 @@ def _encode_key_pages_kernel(
             if easy != 0:
                 grouped = tl.reshape(x, [GROUPS, GROUP, CHUNK])
                 # [GROUPS, CHUNK]
-                levels = tl.broadcast_to(key_levels(channel, BITS, MIXED)[None, :], [GROUPS, CHUNK])
+                levels = tl.broadcast_to(key_levels(channel, steep, BITS, MIXED)[None, :], [GROUPS, CHUNK])
                 low = tl.min(tl.where(free, grouped, FINITE_MAX), axis=1)
                 high = tl.max(tl.where(free, grouped, -FINITE_MAX), axis=1)
                 if SEARCH:
@@ -152,7 +154,7 @@ def _encode_key_pages_kernel(
                 tl.store(zero_point_ptr + offset, zero_point)
                 page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
                 if MIXED:
-                    _store_mixed(page_ptr, tl.reshape(steps, [PAGE, CHUNK]), start, CHUNK)
+                    _store_mixed(page_ptr, tl.reshape(steps, [PAGE, CHUNK]), steep, start, CHUNK)
                 else:
                     bits = code_bits(steps)
                     if BITS == 3:

@@ -11,10 +11,12 @@ from ottfx.kernels.packing import (
     FINITE_MAX,
     LOWER_ROW_BITS,
     PAGE,
+    STEEP_MARK,
     UPPER_ROW_BITS,
     codes_of,
     group_constants,
     highest_codes,
+    is_steep,
     make_finite,
     pack_columns,
     pack_mixed,
@@ -35,7 +37,7 @@ def _merge_words(pointer, words, touched, live):
 
 @triton.jit
 def _store_key_codes(
-    page_ptr, codes, due, channel_start, BITS: tl.constexpr, MIXED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    page_ptr, codes, steep, due, channel_start, BITS: tl.constexpr, MIXED: tl.constexpr, HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     # codes int32 [PAGE, CHUNK]: the channels from `channel_start` on of all tokens of a page.
@@ -44,7 +46,7 @@ def _store_key_codes(
     row = tl.arange(0, PAGE)[:, None]
     strip = channel_start // PER_WORD + tl.arange(0, CHUNK // PER_WORD)[None, :]
     if MIXED:
-        words = pack_mixed(codes, PAGE, CHUNK)
+        words = pack_mixed(codes, steep, PAGE, CHUNK)
     else:
         words = pack_columns(codes & ((1 << WIDTH) - 1), WIDTH, PER_WORD, PAGE, CHUNK)
     tl.store(page_ptr + strip * PAGE + row, words, mask=due[:, None] & (strip >= 0))
@@ -80,8 +82,9 @@ def pack_key_page(
     token = page * PAGE + tl.arange(0, PAGE)
     due = (token >= packed) & (token < end)
     channel = channel_start + tl.arange(0, CHUNK)
+    steep = is_steep(order_ptr + pair * HEAD_DIM, MIXED)
     source = stored_channels(order_ptr + pair * HEAD_DIM, channel, MIXED)
-    levels = tl.broadcast_to(key_levels(channel, BITS, MIXED)[None, :], [GROUPS, CHUNK])
+    levels = tl.broadcast_to(key_levels(channel, steep, BITS, MIXED)[None, :], [GROUPS, CHUNK])
     # [PAGE, CHUNK]
     x = load_tokens(
         key_ptr, stride_key_token, ring_ptr, ring_scale_ptr, token, past, due, source, channel < HEAD_DIM,
@@ -132,7 +135,9 @@ def pack_key_page(
     tl.store(scale_ptr + offset, scale, mask=group_due)
     tl.store(zero_point_ptr + offset, zero_point, mask=group_due)
     page_ptr = codes_ptr + slot * (4 * HEAD_DIM * BITS)
-    _store_key_codes(page_ptr, tl.reshape(codes, [PAGE, CHUNK]), due, channel_start, BITS, MIXED, HEAD_DIM, CHUNK)
+    _store_key_codes(
+        page_ptr, tl.reshape(codes, [PAGE, CHUNK]), steep, due, channel_start, BITS, MIXED, HEAD_DIM, CHUNK
+    )
 
 
 @triton.jit
@@ -147,15 +152,15 @@ def stored_channels(order_ptr, channel, MIXED: tl.constexpr):
     if MIXED:
         ordered = tl.load(order_ptr + channel).to(tl.int32)
         # Nothing but padding was packed so far.
-        channel = tl.where(ordered < 0, channel, ordered)
+        channel = tl.where(ordered < 0, channel, ordered % STEEP_MARK)
     return channel
 
 
 @triton.jit
-def key_levels(channel, BITS: tl.constexpr, MIXED: tl.constexpr):
+def key_levels(channel, steep, BITS: tl.constexpr, MIXED: tl.constexpr):
     """Float32: the highest code of stored channels."""
     if MIXED:
-        return highest_codes(channel)
+        return highest_codes(channel, steep)
     else:
         return tl.full(channel.shape, (1 << BITS) - 1, tl.float32)
 

@@ -8,7 +8,7 @@ a tile at a time. Storage: docs/storage.md.
 import triton
 import triton.language as tl
 
-from ottfx.kernels.packing import PAGE, load_key_codes, load_value_codes
+from ottfx.kernels.packing import PAGE, STEEP_MARK, is_steep, load_key_codes, load_value_codes
 from ottfx.kernels.token_softmax import accumulate, masked_scores
 from ottfx.kernels.window import load_rows
 
@@ -38,14 +38,14 @@ def attend_dense(
 
 @triton.jit
 def _load_keys(
-    codes_ptr, scale_ptr, zero_point_ptr, row, live,
+    codes_ptr, scale_ptr, zero_point_ptr, row, live, steep,
     BITS: tl.constexpr, MIXED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Float32 [BLOCK_D, BLOCK_N]; the pointers are those of a page. `live` [BLOCK_N] guards the constants.
     SPAN: tl.constexpr = GROUP if GROUP < BLOCK_N else BLOCK_N
     GROUPS: tl.constexpr = BLOCK_N // SPAN
-    codes = load_key_codes(codes_ptr, row, BITS, MIXED, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
+    codes = load_key_codes(codes_ptr, row, steep, BITS, MIXED, HEAD_DIM, BLOCK_D, BLOCK_N).to(tl.float32)
     channel = tl.arange(0, BLOCK_D)
     group = row // GROUP + tl.arange(0, GROUPS)
     offset = group[None, :] * HEAD_DIM + channel[:, None]
@@ -154,9 +154,10 @@ def _attend_kernel(
 
     if split < splits:
         stored_query = query
+        steep = is_steep(key_order_ptr + pair * HEAD_DIM, MIXED)
         if MIXED:
             ordered = tl.load(key_order_ptr + pair * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=-1)
-            source = tl.where(ordered < 0, channel, ordered.to(tl.int32))
+            source = tl.where(ordered < 0, channel, ordered.to(tl.int32) % STEEP_MARK)
             stored_query = tl.load(
                 query_ptr + query_offset[:, None] + source[None, :],
                 mask=live_rows[:, None] & (channel < HEAD_DIM)[None, :],
@@ -175,7 +176,7 @@ def _attend_kernel(
                 key_codes_ptr + slot * (4 * HEAD_DIM * KEY_BITS),
                 key_scale_ptr + slot * (128 // GROUP * HEAD_DIM),
                 key_zero_point_ptr + slot * (128 // GROUP * HEAD_DIM),
-                page_row, stored, KEY_BITS, MIXED, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
+                page_row, stored, steep, KEY_BITS, MIXED, GROUP, HEAD_DIM, BLOCK_D, BLOCK_N,
             )  # fmt: skip
             scores = tl.dot(stored_query, key.to(query.dtype), input_precision=PRECISION)
             scores = masked_scores(

@@ -163,7 +163,7 @@ def attend_rows(
     value_words = _load_value_rows(values_ptr, first, last, first_place, SIZE, HEAD_DIM, BLOCK_D)
     value_step = _load_steps(value_scale_ptr, first + own_row, last, first_place, SIZE)
     for start in tl.range(first, last, DENSE_TILE):
-        keys = left_operand(subnormal_codes(key_words ^ _SIGNS, 0, 8, False), 1, K_WIDTH)
+        keys = left_operand(subnormal_codes(key_words ^ _SIGNS, 0, False, 8, False), 1, K_WIDTH)
         scores = tl.dot(keys, queries, zero_scores)
         scores = tl.reshape(scores, [1, DENSE_TILE, COLUMNS]) * spread(key_step.to(tl.float32), False, COLUMNS)
         seen = position >= 0

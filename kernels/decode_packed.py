@@ -33,12 +33,12 @@ WEIGHT_UNIT = tl.constexpr(0.5**WEIGHT_LIFT.value)
 
 @triton.jit
 def _key_scores(
-    words, plane, scale, zero_point, folded_query, zero_lift,
+    words, plane, steep, scale, zero_point, folded_query, zero_lift,
     BITS: tl.constexpr, MIXED: tl.constexpr, NG: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, K_WIDTH: tl.constexpr,
 ):  # fmt: skip
     # [TILE / 16, 16, COLUMNS] scores / SUBNORMAL: codes x (query * scale) + zero point x query.
-    keys = left_operand(subnormal_codes(words, plane, BITS, MIXED), NG, K_WIDTH)
+    keys = left_operand(subnormal_codes(words, plane, steep, BITS, MIXED), NG, K_WIDTH)
     # All 16 rows are the zero points, so the product is in place for every token. They are lifted against the query.
     if NG == 1:
         zeros = tl.reshape(zero_point * zero_lift[None, None, :, :], [4, 8, BLOCK_D // 8, 2])
@@ -118,7 +118,7 @@ def _mask_tile(
 @triton.jit
 def attend_packed(
     pair, head, first_tile, last_tile, packed, query_ptr, mask_ptr, score_factor, rows, slot,
-    live_columns, mask_offset, key_channel,
+    live_columns, mask_offset, key_channel, steep,
     key_codes_ptr, key_scale_ptr, key_zero_point_ptr, value_codes_ptr, value_scale_ptr, value_zero_point_ptr,
     partial_ptr, log_sum_ptr, stride_query_head, stride_query_token, stride_mask_token, pages,
     QUERIES_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
@@ -129,7 +129,7 @@ def attend_packed(
     """Attend over the tiles `first_tile .. last_tile - 1`, at least one, and store the part in `slot` [COLUMNS].
 
     `query_ptr` and `mask_ptr` are those of this sequence; `mask_offset` [COLUMNS] leads to the mask of each column,
-    `key_channel` is that of `query_channels`.
+    `key_channel` is that of `query_channels`, `steep` that of `is_steep`.
     """
     NG: tl.constexpr = TILE // GROUP if GROUP < TILE else 1
     key_codes_ptr += pair * pages * (4 * HEAD_DIM * KEY_BITS)
@@ -158,13 +158,15 @@ def attend_packed(
             QUERIES_PER_KV, MIXED, SINGLE, COLUMNS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
     own_channel = tl.arange(0, BLOCK_D // 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    lift = lift_exponent(own_channel, KEY_BITS, MIXED)
+    lift = lift_exponent(own_channel, steep, KEY_BITS, MIXED)
     folded_query = (query * power_of_2(-exponent[None, :, None, None] - lift[None, None, :, :])).to(tl.float16)
     zero_lift = (power_of_2(lift) / ZERO_DROP).to(tl.float16)
     score_unit = power_of_2(exponent) * (score_factor * SUBNORMAL)
     if SINGLE:
         score_unit = tl.max(score_unit, axis=0) + tl.zeros([4], tl.float32)
-    value_lift = by_row(power_of_2(-lift_exponent(lane_token(NG, TILE), VALUE_BITS, False) + WEIGHT_LIFT), NG, TILE)
+    value_lift = by_row(
+        power_of_2(-lift_exponent(lane_token(NG, TILE), False, VALUE_BITS, False) + WEIGHT_LIFT), NG, TILE
+    )
 
     SEEN: tl.constexpr = 4 if SINGLE else COLUMNS
     row_max = tl.full([SEEN], NOTHING_SEEN, tl.float32)
@@ -175,7 +177,7 @@ def attend_packed(
     unit = LEAST_UNIT
     for tile in tl.range(first_tile, last_tile):
         scores = _key_scores(
-            key_words, key_plane, key_scale, key_zero_point, folded_query, zero_lift,
+            key_words, key_plane, steep, key_scale, key_zero_point, folded_query, zero_lift,
             KEY_BITS, MIXED, NG, BLOCK_D, TILE, COLUMNS, K_WIDTH,
         )  # fmt: skip
         # Under way while this tile is worked on; the last one is loaded twice.
@@ -221,7 +223,7 @@ def attend_packed(
         zero_sum = zero_sum * decay[None, :] + tl.sum(tl.reshape(weight_zero, [TILE // 8, 8, SEEN]), axis=0)
         weight = (weight * spread(weight_scale, SINGLE, COLUMNS)).to(tl.float16)
         weights = _weights_operand(weight, NG, TILE, COLUMNS, SINGLE, K_WIDTH)
-        values = left_operand(subnormal_codes(value_words, value_plane, VALUE_BITS, False), 1, K_WIDTH)
+        values = left_operand(subnormal_codes(value_words, value_plane, False, VALUE_BITS, False), 1, K_WIDTH)
         decay = decay * (unit * inverse_now)
         unit = unit_now
         if SINGLE:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ottfx.kernels.fragments import halves
-from ottfx.kernels.packing import PAGE
+from ottfx.kernels.packing import PAGE, STEEP_MARK
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def query_channels(
     if MIXED:
         ordered = tl.load(key_order_ptr + channel, mask=channel < HEAD_DIM, other=-1).to(tl.int32)
         # Nothing is packed so far where no order is decided.
-        channel = tl.where(ordered < 0, channel, ordered)
+        channel = tl.where(ordered < 0, channel, ordered % STEEP_MARK)
     return channel
 
 

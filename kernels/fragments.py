@@ -62,15 +62,20 @@ def _pair3(words, plane, SHIFT: tl.constexpr):
     return halves((words & low) | ((plane << (SHIFT + 2)) & high))
 
 
-# Nibble j: where elements 2 * j and 2 * j + 1 of a word of mixed widths begin in their half, behind a shift by 10.
-_MIXED_LIFTS = tl.constexpr(0x54209740)
+# Nibble j: where elements 2 * j and 2 * j + 1 of a word of mixed widths begin in their half, behind a shift by 10, and
+# how much later they do with steep widths.
+_GRADUAL_LIFTS = tl.constexpr(0x54209740)
+_STEEP_DELAYS = tl.constexpr(0x00100100)
 
 
 @triton.jit
-def lift_exponent(element, BITS: tl.constexpr, MIXED: tl.constexpr):
+def lift_exponent(element, steep, BITS: tl.constexpr, MIXED: tl.constexpr):
     """K int32, where `subnormal_codes` has `element` of a run of neighbours too large by 2**k; at most 9."""
     if MIXED:
-        return ((element * 0 + _MIXED_LIFTS) >> (element % 16 // 2 * 4)) & 15
+        place = element % 16 // 2 * 4
+        # A constant on the left of a tensor is none to the interpreter. Where both are alike it stays a constant.
+        delay = tl.where(steep, ((element * 0 + _STEEP_DELAYS) >> place) & 15, 0)
+        return (((element * 0 + _GRADUAL_LIFTS) >> place) & 15) + delay
     elif BITS == 2:
         position = element % 16 // 2
         return 2 * tl.where(position < 5, position, position - 5)
@@ -103,22 +108,26 @@ def larger_unit(unit, scale):
 
 
 @triton.jit
-def subnormal_codes(words, plane, BITS: tl.constexpr, MIXED: tl.constexpr):
+def subnormal_codes(words, plane, steep, BITS: tl.constexpr, MIXED: tl.constexpr):
     """Codes of neighbouring elements as float16, each `code * 2**(lift_exponent(element) - 24)`.
 
     `words` int32 [C, N, R, W] hold W words of a run; `plane` [C, N, R, W] the words of the 1-bit plane if BITS is 3.
-    MIXED words have elements of 4, 3, 2 and 1 bits in the place of 2-bit ones (docs/storage.md, `Mixed words`).
+    MIXED words have elements of 4 bits to 1 in the place of 2-bit ones (docs/storage.md, `Mixed words`); which, says
+    `steep`, one number.
     The result is [C, N, R, 32 // BITS * W / 4, 4], for 3 bits as for 2.
     """
     PER_WORD: tl.constexpr = 16 if BITS < 4 else 32 // BITS
     if MIXED:
         upper = words >> 10
         first = tl.join(
-            tl.join(halves(words & 0x000F000F), halves(words & 0x00700070)),
-            tl.join(halves(words & 0x01800180), halves(words & 0x02000200)),
+            tl.join(halves(words & 0x000F000F), halves(words & tl.where(steep, 0x00F000F0, 0x00700070))),
+            tl.join(halves(words & tl.where(steep, 0x01000100, 0x01800180)), halves(words & 0x02000200)),
         )
         second = tl.join(
-            tl.join(halves(upper & 0x00030003), halves(upper & 0x000C000C)),
+            tl.join(
+                halves(upper & tl.where(steep, 0x00070007, 0x00030003)),
+                halves(upper & tl.where(steep, 0x00080008, 0x000C000C)),
+            ),
             tl.join(halves(upper & 0x00100010), halves(upper & 0x00200020)),
         )
         run = tl.permute(tl.join(first, second), [0, 1, 2, 3, 7, 6, 5, 4])

@@ -14,8 +14,11 @@ ROUND_MAGIC = tl.constexpr(12582912.0)
 LOWER_ROW_BITS = tl.constexpr(0x00FF00FF)
 UPPER_ROW_BITS = tl.constexpr(-0x00FF0100)
 # Nibble j is that of elements 2 * j and 2 * j + 1 of a word of mixed widths (docs/storage.md, `Mixed words`).
-_MIXED_WIDTHS = tl.constexpr(0x11221234)
-_MIXED_POSITIONS = tl.constexpr(0xFECA9740 - (1 << 32))
+_GRADUAL_WIDTHS = tl.constexpr(0x11221234)
+_GRADUAL_POSITIONS = tl.constexpr(0xFECA9740 - (1 << 32))
+_STEEP_WIDTHS = tl.constexpr(0x11131144)
+_STEEP_POSITIONS = tl.constexpr(0xFEDA9840 - (1 << 32))
+STEEP_MARK = tl.constexpr(256)
 
 
 @triton.jit
@@ -25,38 +28,47 @@ def bit_position(element, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def mixed_width(element):
+def is_steep(order_ptr, MIXED: tl.constexpr):
+    """Whether a head has steep widths, by its order of channels; a constant without one."""
+    if MIXED:
+        return tl.load(order_ptr).to(tl.int32) >= STEEP_MARK
+    else:
+        return False
+
+
+@triton.jit
+def mixed_width(element, steep):
     """Bits of an element of a word of mixed widths."""
-    # A constant on the left of a tensor is none to the interpreter.
-    return ((element * 0 + _MIXED_WIDTHS) >> (element // 2 * 4)) & 15
+    return (tl.where(steep, _STEEP_WIDTHS, _GRADUAL_WIDTHS) >> (element // 2 * 4)) & 15
 
 
 @triton.jit
-def mixed_position(element):
+def mixed_position(element, steep):
     """Bit of a word of mixed widths where an element begins."""
-    return (((element * 0 + _MIXED_POSITIONS) >> (element // 2 * 4)) & 15) + 16 * (element % 2)
+    start = (tl.where(steep, _STEEP_POSITIONS, _GRADUAL_POSITIONS) >> (element // 2 * 4)) & 15
+    return start + 16 * (element % 2)
 
 
 @triton.jit
-def highest_codes(channel):
+def highest_codes(channel, steep):
     """Float32: the highest code of stored channels whose words are of mixed widths."""
-    return ((1 << mixed_width(channel % 16)) - 1).to(tl.float32)
+    return ((1 << mixed_width(channel % 16, steep)) - 1).to(tl.float32)
 
 
 @triton.jit
-def unpack_mixed(words, STRIPS: tl.constexpr, ROWS: tl.constexpr):
+def unpack_mixed(words, steep, STRIPS: tl.constexpr, ROWS: tl.constexpr):
     """Words of mixed widths int32 [STRIPS, ROWS] to codes int32 [STRIPS * 16, ROWS]."""
     element = tl.arange(0, 16)
-    mask = (1 << mixed_width(element)) - 1
-    codes = (words[:, None, :] >> mixed_position(element)[None, :, None]) & mask[None, :, None]
+    mask = (1 << mixed_width(element, steep)) - 1
+    codes = (words[:, None, :] >> mixed_position(element, steep)[None, :, None]) & mask[None, :, None]
     return tl.reshape(codes, [STRIPS * 16, ROWS])
 
 
 @triton.jit
-def pack_mixed(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def pack_mixed(codes, steep, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Codes int32 [ROWS, COLUMNS] to words of mixed widths int32 [ROWS, COLUMNS // 16]."""
     neighbours = tl.reshape(codes, [ROWS, COLUMNS // 16, 16])
-    return tl.sum(neighbours << mixed_position(tl.arange(0, 16))[None, None, :], axis=2)
+    return tl.sum(neighbours << mixed_position(tl.arange(0, 16), steep)[None, None, :], axis=2)
 
 
 @triton.jit
@@ -69,10 +81,13 @@ def unpack_words(words, WIDTH: tl.constexpr, PER_WORD: tl.constexpr, STRIPS: tl.
 
 @triton.jit
 def load_key_codes(
-    page_ptr, row, BITS: tl.constexpr, MIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    page_ptr, row, steep, BITS: tl.constexpr, MIXED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Codes int32 [BLOCK_D, BLOCK_N] of BLOCK_N tokens (at most 64) from row `row` on, a multiple of BLOCK_N."""
+    """Codes int32 [BLOCK_D, BLOCK_N] of BLOCK_N tokens (at most 64) from row `row` on, a multiple of BLOCK_N.
+
+    `steep` is that of `is_steep`.
+    """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PER_WORD: tl.constexpr = 32 // WIDTH
     STRIPS: tl.constexpr = BLOCK_D // PER_WORD
@@ -81,7 +96,7 @@ def load_key_codes(
     # [STRIPS, BLOCK_N]
     words = tl.load(page_ptr + strip * 128 + row + column, mask=strip < HEAD_DIM // PER_WORD, other=0)
     if MIXED:
-        codes = unpack_mixed(words, STRIPS, BLOCK_N)
+        codes = unpack_mixed(words, steep, STRIPS, BLOCK_N)
     else:
         codes = unpack_words(words, WIDTH, PER_WORD, STRIPS, BLOCK_N)
     if BITS == 3:

@@ -16,7 +16,6 @@ from ottfx.affine_grids import code_keys, code_values, decide_order
 from ottfx.affine_pages import write_keys, write_values
 from ottfx.affine_schedule import due_range, ring_positions, window_index
 from ottfx.group_seats import choose_seats, write_seats
-from ottfx.mixed_words import known_order
 from ottfx.outlier_pool import trace_outliers
 from ottfx.reference import dequantize_affine, make_finite
 from ottfx.schemes.base import PAGE, ROLES, is_always, new_positions
@@ -194,17 +193,16 @@ def append(
         write_seats(window_value, seats, due_keys, group_size, seat_value, seat_value_scale, value_seat_row)
 
     key_rows = _replace_rows(make_finite(window_key), kept, mean_of, group_size)
-    order = None
+    new_order = None
     if key_order is not None:
         seen = due_keys.start + torch.arange(due_keys.bound + key_window, device=key.device)
         seen_index = window_index(seen, past, ring_rows, q_len)
         seen_real = (_gather(residual_valid, valid, seen_index, dim=1) != 0) & (seen < past + q_len)
         seen_key = _gather(held_key, key, seen_index)
         new_order = decide_order(key_order, seen_key, seen_real, due_keys, group_size, key_window)
-        order = known_order(new_order)
     coded_keys = code_keys(
         key_rows.unflatten(2, (-1, group_size)), key_bits, in_range.unflatten(2, (-1, group_size)).unsqueeze(-1),
-        order, range_search,
+        new_order, range_search,
     )  # fmt: skip
     # A group of zeros has scale, zero point and codes 0, as a group without a member taking part must.
     value_rows = torch.where(real_values.unsqueeze(-1), value_rows, 0.0)
@@ -234,7 +232,7 @@ def append(
     codes, key_scale_due, key_zero_point_due = coded_keys
     write_keys(
         codes.flatten(2, 3), key_scale_due, key_zero_point_due, due_keys, group_size, key_bits,
-        key_codes, key_scale, key_zero_point, key_order is not None,
+        key_codes, key_scale, key_zero_point, new_order,
     )  # fmt: skip
     write_values(
         value_codes_due.flatten(-2), scale, zero_point, due_values, value_bits,
@@ -243,7 +241,7 @@ def append(
     key_residual.copy_(new_ring)
     value_residual.copy_(torch.where(is_new.unsqueeze(-1), new_value, value_residual))
     residual_valid.copy_(torch.where(is_new, valid.index_select(1, newest), residual_valid))
-    if key_order is not None:
+    if key_order is not None and new_order is not None:
         key_order.copy_(new_order)
     for storage, contents in pool_updates:
         storage.copy_(contents)

@@ -7,35 +7,35 @@ from torch import Tensor
 
 from ottfx.affine_schedule import Due
 from ottfx.grid_search import CANDIDATES, dequantize_symmetric, search_affine, search_symmetric
-from ottfx.mixed_words import WIDEST_BITS, channel_levels, known_order, order_channels, unpack_mixed
+from ottfx.mixed_words import WIDEST_BITS, channel_levels, known_order, order_channels, steep_heads, unpack_mixed
 from ottfx.reference import dequantize_affine, make_finite, quantize_affine, unpack_page
 from ottfx.schemes.base import PAGE
 
 
 def code_keys(
-    rows: Tensor, bits: int, in_range: Tensor, order: Tensor | None, range_search: bool
+    rows: Tensor, bits: int, in_range: Tensor, key_order: Tensor | None, range_search: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize groups of keys, each channel of a group on its own.
 
     Args:
         rows: [batch, heads, groups, tokens of a group, head_dim].
-        bits: width of a code; with an order the average one.
+        bits: width of a code; of mixed widths the average one.
         in_range: bool, broadcastable to `rows`: whose keys the ranges cover.
-        order: int64 [batch, heads, head_dim], stored channel -> channel, for codes of mixed widths; or None.
+        key_order: int16 [batch, heads, head_dim], for codes of mixed widths; or None.
         range_search: whether grids may be narrower than the range.
 
     Returns:
         codes uint8 of the shape of `rows`; scale and zero_point fp16 [batch, heads, groups, head_dim]. Channels are
         those stored.
     """
-    if order is None:
+    if key_order is None:
         if not range_search:
             return quantize_affine(rows, bits, dim=3, taking_part=in_range)
         levels = torch.full((), 2.0**bits - 1, device=rows.device)
     else:
-        levels = channel_levels(rows.shape[-1], rows.device)
-        rows = rows.gather(-1, order.unsqueeze(2).unsqueeze(2).expand(rows.shape))
-    widest = bits if order is None else WIDEST_BITS
+        levels = channel_levels(steep_heads(key_order), rows.shape[-1]).unsqueeze(2).unsqueeze(2)
+        rows = rows.gather(-1, known_order(key_order).unsqueeze(2).unsqueeze(2).expand(rows.shape))
+    widest = bits if key_order is None else WIDEST_BITS
     return search_affine(rows, levels, 3, in_range, CANDIDATES if range_search else 1, widest)
 
 
@@ -89,7 +89,9 @@ def decide_order(key_order: Tensor, key: Tensor, real: Tensor, due: Due, group_s
     return torch.where(decided, key_order, order_channels(spread).to(key_order.dtype))
 
 
-def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, mixed: bool = False) -> Tensor:
+def read_key_pages(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, key_order: Tensor | None = None
+) -> Tensor:
     """Dequantize whole pages of keys.
 
     Args:
@@ -97,13 +99,16 @@ def read_key_pages(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, 
         scale: fp16 [batch, heads, pages, groups of a page, head_dim]; `zero_point` alike.
         zero_point: see `scale`.
         bits: width of a code.
-        mixed: whether the codes are of mixed widths.
+        key_order: int16 [batch, heads, head_dim], of codes of mixed widths; or None.
 
     Returns:
         fp32 [batch, heads, pages * PAGE, head_dim], channels as they are stored.
     """
     groups, head_dim = scale.shape[-2:]
-    unpacked = unpack_mixed(codes, PAGE, head_dim) if mixed else unpack_page(codes, bits, PAGE, head_dim)
+    if key_order is None:
+        unpacked = unpack_page(codes, bits, PAGE, head_dim)
+    else:
+        unpacked = unpack_mixed(codes, steep_heads(key_order), PAGE, head_dim)
     grouped = unpacked.unflatten(-2, (groups, PAGE // groups))
     return dequantize_affine(grouped, scale, zero_point, dim=-2).flatten(2, 4)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ottfx.affine_schedule import Due
-from ottfx.mixed_words import pack_mixed, unpack_mixed
+from ottfx.mixed_words import pack_mixed, steep_heads, unpack_mixed
 from ottfx.reference import pack_page, unpack_page
 from ottfx.schemes.base import PAGE
 
@@ -16,16 +16,22 @@ def merge_pages(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor) -
     storage.index_copy_(2, pages, torch.where(is_due, fresh, storage.index_select(2, pages)))
 
 
-def merge_codes(storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor, bits: int, mixed: bool = False) -> None:
-    """`merge_pages` of codes, which `storage` holds packed."""
+def merge_codes(
+    storage: Tensor, pages: Tensor, is_due: Tensor, fresh: Tensor, bits: int, key_order: Tensor | None = None
+) -> None:
+    """`merge_pages` of codes, which `storage` holds packed; of mixed widths if there is a `key_order`."""
     words, sizes = storage.index_select(2, pages), fresh.shape[-2:]
-    codes = torch.where(is_due, fresh, unpack_mixed(words, *sizes) if mixed else unpack_page(words, bits, *sizes))
-    storage.index_copy_(2, pages, pack_mixed(codes) if mixed else pack_page(codes, bits))
+    if key_order is None:
+        packed = pack_page(torch.where(is_due, fresh, unpack_page(words, bits, *sizes)), bits)
+    else:
+        steep = steep_heads(key_order)
+        packed = pack_mixed(torch.where(is_due, fresh, unpack_mixed(words, steep, *sizes)), steep)
+    storage.index_copy_(2, pages, packed)
 
 
 def write_keys(
     codes: Tensor, scale: Tensor, zero_point: Tensor, due: Due, group_size: int, bits: int,
-    key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, mixed: bool = False,
+    key_codes: Tensor, key_scale: Tensor, key_zero_point: Tensor, key_order: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the codes and constants of the due key groups into their pages, in place.
 
@@ -39,12 +45,12 @@ def write_keys(
         key_codes: the storage, as in docs/storage.md; so are `key_scale` and `key_zero_point`.
         key_scale: see `key_codes`.
         key_zero_point: see `key_codes`.
-        mixed: whether the codes are of mixed widths (`ottfx.mixed_words`).
+        key_order: int16 [batch, heads, head_dim], of codes of mixed widths (`ottfx.mixed_words`); or None.
     """
     batch, heads, _, head_dim = codes.shape
     is_due, offset = due.locate_in_pages(1)
     fresh = codes.index_select(2, offset.reshape(-1)).reshape(batch, heads, -1, PAGE, head_dim)
-    merge_codes(key_codes, due.pages, is_due.unsqueeze(-1), fresh, bits, mixed)
+    merge_codes(key_codes, due.pages, is_due.unsqueeze(-1), fresh, bits, key_order)
 
     is_due, offset = due.locate_in_pages(group_size)
     group = torch.div(offset, group_size, rounding_mode="floor").reshape(-1)

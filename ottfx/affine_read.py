@@ -118,7 +118,7 @@ def attend(
         key_scale.index_select(2, pages),
         key_zero_point.index_select(2, pages),
         key_bits,
-        mixed=key_order is not None,
+        key_order,
     )
     value_zeros = None if value_zero_point is None else value_zero_point.index_select(2, pages)
     coded_values = read_value_pages(value_codes.index_select(2, pages), scale, value_zeros, value_bits)
@@ -204,9 +204,9 @@ def read_tokens(role: Role, state: Mapping[str, Tensor], bits: int, packed: int,
     # What a scheme has no use for has a size of 0.
     if role == "key":
         order = state.get("key_order")
-        mixed = order is not None and order.shape[-1] > 0
-        coded = read_key_pages(codes, scale, zero_point, bits, mixed=mixed)
-        coded = in_natural_order(coded, order) if order is not None and mixed else coded
+        order = None if order is None or order.shape[-1] == 0 else order
+        coded = read_key_pages(codes, scale, zero_point, bits, order)
+        coded = coded if order is None else in_natural_order(coded, order)
     else:
         coded = read_value_pages(codes, scale, zero_point if zero_point.shape[3] else None, bits)
     coded = coded.narrow(2, start - first_page * PAGE, stop - start).to(dtype)

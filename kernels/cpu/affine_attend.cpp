@@ -64,11 +64,12 @@ class Task {
     std::fill(out.highest, out.highest + rows, kHidden);
     std::fill(out.total, out.total + rows, 0.0f);
     const int16_t* order = a.key_order ? a.key_order + head * dim : nullptr;
+    key_layout = !order ? layout_of(a.key_bits) : order[0] >= kSteepMark ? kSteep : kGradual;
     for (int64_t q = 0; q < rows; ++q) {
       const float* from = a.query + (head * rows + q) * dim;
       for (int64_t d = 0; d < dim; ++d) query[q * dim + d] = from[d] * float(a.softmax_scale);
       for (int64_t d = 0; d < dim; ++d)
-        stored_query[q * dim + d] = query[q * dim + (order && order[d] >= 0 ? order[d] : d)];
+        stored_query[q * dim + d] = query[q * dim + (order && order[d] >= 0 ? order[d] % kSteepMark : d)];
     }
   }
 
@@ -92,6 +93,7 @@ class Task {
   const Arguments& a;
   const int64_t head, rows, dim, past, packed, window_start;
   const Partial out;
+  int key_layout;
   std::vector<float> query, stored_query;  // [rows, head_dim], by the softmax scale; channels as keys store them
   std::vector<float> scores;               // [rows, tokens of the tile], then weights
   std::vector<float> bias, row_values, constants, scales, zero_points, vectors;
@@ -109,8 +111,8 @@ class Task {
     widen<Half>(a.key_scale, index * key_constants, key_constants, scales.data());
     widen<Half>(a.key_zero_point, index * key_constants, key_constants, zero_points.data());
     std::fill(scores.begin(), scores.end(), 0.0f);
-    multiply(a.key_order ? kMixed : layout_of(a.key_bits), a.key_codes + index * kPage * dim * a.key_bits / 32, kPage,
-             dim, a.key_groups, stored_query.data(), scores.data());
+    multiply(key_layout, a.key_codes + index * kPage * dim * a.key_bits / 32, kPage, dim, a.key_groups,
+             stored_query.data(), scores.data());
     weigh();
     widen<Half>(value_scale, 0, value_constants, scales.data());
     for (int64_t t = 0; t < kPage; ++t) scales[t] = std::fabs(scales[t]);

@@ -27,8 +27,7 @@ constexpr Layout uniform(int width, bool has_plane) {
   return layout;
 }
 
-constexpr Layout mixed() {
-  constexpr int widths[8] = {4, 3, 2, 1, 2, 2, 1, 1};
+constexpr Layout mixed(const int (&widths)[8]) {
   Layout layout{16, {}, {}, false};
   for (int i = 0, end = 0; i < 8; end += widths[i++])
     for (int half = 0; half < 2; ++half) {
@@ -38,8 +37,14 @@ constexpr Layout mixed() {
   return layout;
 }
 
-constexpr Layout kLayout[] = {uniform(2, false), uniform(2, true), uniform(4, false), uniform(8, false), mixed()};
-constexpr int kMixed = 4;
+constexpr Layout kLayout[] = {uniform(2, false),
+                              uniform(2, true),
+                              uniform(4, false),
+                              uniform(8, false),
+                              mixed({4, 3, 2, 1, 2, 2, 1, 1}),
+                              mixed({4, 4, 1, 1, 3, 1, 1, 1})};
+constexpr int kGradual = 4, kSteep = 5;
+constexpr int kSteepMark = 256;  // in the order of the channels of a head with steep widths
 inline int layout_of(int64_t bits) { return bits == 2 ? 0 : bits == 3 ? 1 : bits == 4 ? 2 : 3; }
 
 // The third bits of 16 codes of `kLanes` rows: the words of a 1-bit plane hold the rows of both halves of a page.
@@ -98,7 +103,8 @@ inline Multiply multiply_of(int layout, int rows) {
     case 1: return multiply_of<1>(rows);
     case 2: return multiply_of<2>(rows);
     case 3: return multiply_of<3>(rows);
-    default: return multiply_of<kMixed>(rows);
+    case kGradual: return multiply_of<kGradual>(rows);
+    default: return multiply_of<kSteep>(rows);
   }
 }
 

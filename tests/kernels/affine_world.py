@@ -123,6 +123,11 @@ class World:
         case = self.case
         # [batch, q_len, heads, head_dim] as projections leave it, seen as [batch, heads, q_len, head_dim].
         key, value = torch.randn(2, case.batch, q_len, case.kv_heads, case.head_dim, generator=self.generator)
+        if case.mixed:
+            # Heads of both sets of widths: in every other one, a quarter of the channels is six times as wide.
+            steep = (torch.arange(case.batch)[:, None] + torch.arange(case.kv_heads)) % 2 == 0
+            wide = torch.where(torch.arange(case.head_dim) < case.head_dim // 4, 2.0, 1 / 3)
+            key *= torch.where(steep[:, None, :, None], wide, 1.0)
         key[..., 3] += 8.0
         key[:, q_len // 2] *= 0.05
         valid = torch.rand(case.batch, q_len, generator=self.generator) > 0.3 if padded else None

@@ -5,7 +5,7 @@ import torch
 from affine_world import SITE, Case, World
 
 from ottfx.kernels.affine_append import append
-from ottfx.mixed_words import unpack_mixed
+from ottfx.mixed_words import steep_heads, unpack_mixed
 from ottfx.reference import unpack_page
 from tests.tolerances import DIFFERENT_CODE_SHARE, DIFFERENT_CONSTANT_SHARE, FP16_ULP, TIED_SHARE
 
@@ -81,9 +81,11 @@ LARGE = [
 ]  # fmt: skip
 
 
-def assert_codes_agree(got, expected, bits, rows, contraction, what, mixed=False, searched=False):
+def assert_codes_agree(got, expected, bits, rows, contraction, what, steep=None, searched=False):
     def unpack(words):
-        return unpack_mixed(words, rows, contraction) if mixed else unpack_page(words, bits, rows, contraction)
+        if steep is None:
+            return unpack_page(words, bits, rows, contraction)
+        return unpack_mixed(words, steep, rows, contraction)
 
     got, expected = unpack(got).int(), unpack(expected).int()
     difference = (got - expected).abs()
@@ -139,9 +141,10 @@ def assert_seats_agree(got, expected):
 def assert_states_agree(got, expected, case):
     pages = [("key", case.key_bits, 128, case.head_dim), ("value", case.value_bits, case.head_dim, 128)]
     for role, bits, rows, contraction in pages:
-        mixed, searched = role == "key" and case.mixed, case.range_search
+        steep = steep_heads(expected["key_order"]) if role == "key" and case.mixed else None
+        searched = case.range_search
         codes = got[f"{role}_codes"], expected[f"{role}_codes"]
-        assert_codes_agree(*codes, bits, rows, contraction, role, mixed, searched)
+        assert_codes_agree(*codes, bits, rows, contraction, role, steep, searched)
         for name in (f"{role}_scale", f"{role}_zero_point"):
             if name in expected:
                 assert_constants_agree(got[name], expected[name], name, searched)

@@ -257,7 +257,7 @@ def test_decode_at_two_bits_fits_a_twelfth_of_a_multiprocessor(dtype, head_dim, 
     # With a mask, channels that are padded, or rows of 8 bits, some compilers put a few words on the stack; with such
     # rows and several queries also addresses that only their programs need, in front of all loops.
     fits = (head_dim, mask, plus) == (128, False, False)
-    assert stack_bytes(compiled, tmp_path) <= (0 if fits else 128 if plus and rows > 1 else 16)
+    assert stack_bytes(compiled, tmp_path) <= (0 if fits else 160 if plus and rows > 1 else 16)
     instructions = loop_instructions(compiled, tmp_path)
     assert mask or head_dim == 80 or not {"LDL", "STL"} & set(instructions)
     # Codes reach the tensor cores where they were loaded: only weights and maxima cross lanes, nothing shared memory.
