@@ -18,7 +18,7 @@ _GRADUAL_WIDTHS = tl.constexpr(0x11221234)
 _GRADUAL_POSITIONS = tl.constexpr(0xFECA9740 - (1 << 32))
 _STEEP_WIDTHS = tl.constexpr(0x11131144)
 _STEEP_POSITIONS = tl.constexpr(0xFEDA9840 - (1 << 32))
-STEEP_MARK = tl.constexpr(256)
+STEEP_MARK = tl.constexpr(16384)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ WIDEST_FIRST = (0, 1, 4, 2, 5, 3, 6, 7)
 """Places in a half by width, the widest first; in either set."""
 AVERAGE_BITS = 2
 WIDEST_BITS = max(GRADUAL + STEEP)
-STEEP_MARK = 256
+STEEP_MARK = 16384
 """What is added to each entry of the `key_order` of a head with steep widths; no channel has such a number."""
 
 ERRORS = (1.0, 0.410, 0.130, 0.0355, 0.0091)

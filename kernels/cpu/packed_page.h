@@ -44,7 +44,7 @@ constexpr Layout kLayout[] = {uniform(2, false),
                               mixed({4, 3, 2, 1, 2, 2, 1, 1}),
                               mixed({4, 4, 1, 1, 3, 1, 1, 1})};
 constexpr int kGradual = 4, kSteep = 5;
-constexpr int kSteepMark = 256;  // in the order of the channels of a head with steep widths
+constexpr int kSteepMark = 16384;  // in the order of the channels of a head with steep widths
 inline int layout_of(int64_t bits) { return bits == 2 ? 0 : bits == 3 ? 1 : bits == 4 ? 2 : 3; }
 
 // The third bits of 16 codes of `kLanes` rows: the words of a 1-bit plane hold the rows of both halves of a page.

@@ -10,7 +10,7 @@ from affine_world import SITE, Case, World
 from test_affine_attend_kernel import PLUS, SMALL, assert_close, make_mask
 
 import ottfx
-from ottfx import affine_read, cpu_attend
+from ottfx import affine_read, cpu_attend, mixed_words
 from ottfx.opaque_call import opaque_call
 from ottfx.ops import affine_attend
 from tests.tiny_models import tiny_model
@@ -53,6 +53,7 @@ def check(case, steps, q_len, mask_kind):
     got = run_fused(world, query, key, value, mask, **exact)
     assert_close(got, run_definition(world, query, key, value, mask, **exact), FLOAT)
     assert torch.equal(run_fused(world, query, key, value, mask), got.to(case.dtype))
+    return world
 
 
 @pytest.mark.parametrize("case, steps, q_len, mask_kind", SMALL, ids=str)
@@ -66,6 +67,13 @@ def test_widths_and_head_sizes(bits, head_dim):
     dtype = (FLOAT, HALF, BFLOAT)[bits % 3]
     case = Case(key_bits=bits, value_bits=bits, head_dim=head_dim, value_group_size=16, heads=3, dtype=dtype)
     check(case, (300, 1), 1, "bool")
+
+
+@pytest.mark.parametrize("head_dim", [16, 96, 512])
+def test_mixed_widths_and_head_sizes(head_dim):
+    case = Case(**PLUS, batch=2, heads=4, kv_heads=2, head_dim=head_dim)
+    world = check(case, (150, 20), 1, "none")
+    assert mixed_words.steep_heads(world.state["key_order"]).tolist() == [[True, False], [False, True]]
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 3, 4])

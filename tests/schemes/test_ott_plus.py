@@ -17,7 +17,7 @@ from ottfx.rotation import block_size, rotate, rotate_back, rotation
 from ottfx.schemes.ott_plus import SWITCHES
 from ottfx.window_rows import decode_rows, encode_rows
 
-HEAD_DIMS = [16, 64, 80, 96, 128, 256]
+HEAD_DIMS = [16, 64, 80, 96, 128, 256, 512]
 
 
 def plus(**options):
