@@ -311,7 +311,7 @@ def test_append_compiles_without_spills(
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, plus=plus)
     compiled = compile_kernel(_store_tokens_kernel, constants, dtype, 4)
     # The search of ranges leaves a few words on the stack, where a group is packed: once in 128 steps.
-    most = 160 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9) else 64
+    most = 176 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9) else 64
     assert stack_bytes(compiled, tmp_path) <= (most if plus else 0)
     constants = store_constants(head_dim, bits, group_size, value_groups, traces, write_back, encoded=True, plus=plus)
     assert compile_kernel(_store_tokens_kernel, constants, dtype, 4).asm["cubin"]
