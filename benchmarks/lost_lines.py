@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.packed_state import empty_halves, lengths, operands
+from benchmarks.packed_state import append_tokens, empty_halves
 from benchmarks.results import FOLDER, as_text, conditions, write_results
 from ottfx import mixed_words
 from ottfx.dense_run import keep_logits
 from ottfx.eval_command import load_model
 from ottfx.evaluation import default_text
 from ottfx.metrics import kl_divergence
-from ottfx.registry import get_scheme, make_config
+from ottfx.registry import make_config
 from ottfx.retrieval import Sample, make_samples
 
 AT_ONCE = 16
@@ -60,9 +60,7 @@ def give_back(layer: int, pair: Pair) -> Pair:
         make_config("ott+", 2).at_layer(layer), batch_size=batch, num_kv_heads=heads, head_dim=head_dim, room=tokens,
         dtype=pair[0].dtype, device="cpu",
     )  # fmt: skip
-    get_scheme("ott+").append_op(*pair, None, lengths(halves), 0, *operands(halves))
-    for half in halves:
-        half.advance(tokens)
+    append_tokens(halves, *pair)
     key, value = (half.read(tokens) for half in halves)
     return key, value
 

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.packed_state import empty_halves, lengths, operands
+from benchmarks.packed_state import append_tokens, empty_halves
 from benchmarks.results import FOLDER, as_text, conditions, write_results
 from ottfx.cache_fidelity import attention_output, attention_weights
 from ottfx.dense_run import AskedLayer, run_dense
 from ottfx.eval_command import load_model
 from ottfx.evaluation import default_text
 from ottfx.metrics import kl_divergence
-from ottfx.registry import get_scheme, make_config
+from ottfx.registry import make_config
 from ottfx.schemes.base import PAGE
 
 EVERY_LAYER = 4
@@ -83,9 +83,7 @@ def given_back(index: int, options: dict[str, Any], rows: Rows) -> list[Rows]:
     )  # fmt: skip
     read: list[Rows] = []
     for new in zip(*(half.unsqueeze(0).split(PAGE, 2) for half in rows), strict=True):
-        get_scheme("ott+").append_op(*new, None, lengths(halves), 0, *operands(halves))
-        for half in halves:
-            half.advance(half.high + PAGE)
+        append_tokens(halves, *new)
         if halves[0].high % (tokens // 4) == 0:
             key, value = (half.read(half.high)[0] for half in halves)
             read.append((key, value))

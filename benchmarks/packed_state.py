@@ -130,6 +130,13 @@ def lengths(halves: Halves) -> Tensor:
     return torch.tensor([[key.high, key.packed, value.packed]], device=key.shape.device)
 
 
+def append_tokens(halves: Halves, key: Tensor, value: Tensor) -> None:
+    """Store new tokens, [batch, num_kv_heads, tokens, head_dim] each, as the scheme's op does, and count them."""
+    halves[0].scheme.append_op(key, value, None, lengths(halves), 0, *operands(halves))
+    for half in halves:
+        half.advance(half.high + key.shape[2])
+
+
 def bytes_read(halves: Halves) -> int:
     """Return the bytes of state that attention over these halves reads.
 
